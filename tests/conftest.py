@@ -1,4 +1,4 @@
-"""Fixtures shared by all tests; the S3 server's live in tests/s3.py, made videos in tests/clips.py."""
+"""Fixtures shared by all tests; the S3 server is in tests/s3.py, made videos in tests/clips.py."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+pytest_plugins = ["tests.s3", "tests.s3_faults"]
 SHARED_VIDEOS = Path(__file__).resolve().parents[2] / "shared" / "videos"
 
 
@@ -25,7 +26,9 @@ def _sealed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _no_error_logged(caplog: pytest.LogCaptureFixture, request: pytest.FixtureRequest) -> Iterator[None]:
+def _no_error_logged(
+    caplog: pytest.LogCaptureFixture, request: pytest.FixtureRequest
+) -> Iterator[None]:
     """A test that logged an ERROR has failed, whatever it asserts."""
     yield
     if request.node.get_closest_marker("logs_errors"):

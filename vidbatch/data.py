@@ -169,6 +169,22 @@ class Clip:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ClipRange:
+    """Where one clip of a probed video begins and ends, before it belongs to a Video."""
+
+    first_keyframe: int
+    end_keyframe: int | None
+    start_s: float
+    end_s: float | None
+    start_frame: int
+    end_frame: int | None
+    packet_bytes: int
+    """Media bytes of its packets."""
+    frames: int
+    """Displayable frames."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
     """Some clips of one day: the unit of scheduling, retry and commit. Names no model."""
 
@@ -485,6 +501,31 @@ class Failure:
     message: str
     advice: str
     retryable: bool
+
+
+def fit_box(geometry: Geometry, width_px: int, height_px: int) -> tuple[int, int, int, int]:
+    """Where an upright width x height frame lands: (scaled_w, scaled_h, offset_x, offset_y) in pixels.
+
+    The whole frame is scaled to scaled_w x scaled_h, then the model's picture begins at the offset
+    of the scaled frame. A 1920x1080 frame in 224x224:
+
+        stretch    224 224   0 0    both axes on their own
+        crop       398 224  87 0    the short side fits, the centre is cut
+        letterbox  224 126   0 0    the long side fits, content top-left, padded right and below
+
+    The free side is rounded half up, to at least 1 px.
+    """
+    w, h = geometry.width_px, geometry.height_px
+    if geometry.fit == "stretch":
+        return w, h, 0, 0
+    wider = width_px * h >= height_px * w
+    if wider == (geometry.fit == "letterbox"):  # the width fits, the height follows
+        scaled_w, scaled_h = w, max(1, (2 * height_px * w + width_px) // (2 * width_px))
+    else:
+        scaled_w, scaled_h = max(1, (2 * width_px * h + height_px) // (2 * height_px)), h
+    if geometry.fit == "letterbox":
+        return scaled_w, scaled_h, 0, 0
+    return scaled_w, scaled_h, (scaled_w - w) // 2, (scaled_h - h) // 2
 
 
 def chunk_rows(frames: Frames) -> slice:

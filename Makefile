@@ -1,0 +1,37 @@
+# Verbs for people who use and carry on vidbatch; `make help` lists them.
+PYTHON ?= python3
+PY := .venv/bin/python
+# The lock resolves torch to whatever build of the pinned version the machine offers; for the CPU
+# build of the index of PyTorch itself: make setup PIP_ARGS="--extra-index-url <its cpu index>"
+PIP_ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check bench engines
+
+help: ## what each verb does
+	@grep -E '^[a-z]+:.*##' Makefile | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+
+setup: .venv/.done ## makes .venv from requirements.lock
+
+.venv/.done: requirements.lock pyproject.toml
+	test -x $(PY) || $(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet $(PIP_ARGS) -r requirements.lock
+	$(PY) -m pip install --quiet --no-deps --no-build-isolation -e .
+	touch $@
+
+demo: setup ## makes a small archive, runs the whole job on local Ray, asks two questions
+	.venv/bin/vidbatch demo
+
+test: setup ## the whole suite (the S3 tests use a real server where ceph is installed)
+	$(PY) -m pytest $(TEST_ARGS)
+
+check: setup ## ruff and mypy --strict
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+bench: setup ## ratios side by side: decode floor, vidbatch, Ray Data
+	$(PY) -m tests.bench.job
+
+engines: setup ## reads every table with two Spark versions (installs them below build/)
+	$(PY) -m pytest -m engines tests/test_engines.py

@@ -1,0 +1,558 @@
+"""Decoding in a locked child: equal to in-process, and what a video does there stays there."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import fields
+from datetime import UTC, datetime
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests import hostile
+from vidbatch.data import (
+    Clip,
+    ClipEnd,
+    DecodeEvent,
+    DecodeLimits,
+    Frames,
+    Geometry,
+    Sample,
+    Video,
+    VideoInfo,
+)
+from vidbatch.errors import (
+    DecoderDied,
+    InfraError,
+    MediaError,
+    SourceChanged,
+    StoreError,
+    UsageError,
+    VidbatchError,
+)
+from vidbatch.sandbox import InProcess, Sandbox, wire
+
+SMALL = (Geometry(width_px=16, height_px=12), Geometry(width_px=7, height_px=5, fit="crop"))
+ALL = Sample(kind="all")
+NOW = datetime(2026, 1, 2, tzinfo=UTC)
+
+
+class Cage(Sandbox):
+    """A sandbox whose child runs the misbehaving decoders of tests/hostile.py."""
+
+    MODULES = ("tests.hostile", "tests.hostile")
+
+
+class Bytes:
+    """A ByteSource over bytes in memory; `fail_at` makes the n-th read raise `error`."""
+
+    def __init__(self, data: bytes, fail_at: int = -1, error: Exception | None = None) -> None:
+        self.data, self.size_bytes = data, len(data)
+        self.fail_at, self.error = fail_at, error
+        self.reads: list[tuple[int, int]] = []
+
+    def read_at(self, offset: int, length: int) -> bytes:
+        self.reads.append((offset, length))
+        if self.error is not None and len(self.reads) > self.fail_at:
+            raise self.error
+        return self.data[offset : offset + length]
+
+
+def make_clip(uri: str) -> Clip:
+    """All of a video of that name."""
+    video = Video(
+        uri=uri,
+        version="1",
+        size_bytes=1,
+        modified_at=NOW,
+        listed_at=NOW,
+        captured_at=None,
+        captured_from="modified",
+        dt="2026-01-02",
+        source="",
+    )
+    return Clip(video=video)
+
+
+def play(
+    sandbox: Sandbox,
+    deed: str,
+    source: Bytes | None = None,
+    geometries: tuple[Geometry, ...] = SMALL,
+    **limits: int,
+) -> Iterator[DecodeEvent]:
+    """Lets a deed of tests/hostile.py happen."""
+    return sandbox.decode(
+        source or Bytes(b"\0" * 50_000),
+        make_clip(f"s3://bucket/{deed}"),
+        sample=ALL,
+        geometries=geometries,
+        context=True,
+        limits=DecodeLimits(**limits),
+    )
+
+
+def assert_works(sandbox: Sandbox) -> None:
+    """The next clip is decoded as if nothing had happened."""
+    began_s = time.monotonic()
+    assert [type(e) for e in play(sandbox, "frames-1")] == [VideoInfo, Frames, ClipEnd]
+    print(f"the next clip took {time.monotonic() - began_s:.3f} s")
+
+
+def assert_equal(ours: Frames, theirs: Frames) -> None:
+    """Every column and every pixel, types included."""
+    for column in fields(Frames):
+        a, b = getattr(ours, column.name), getattr(theirs, column.name)
+        if column.name == "context":
+            assert a == b
+        elif column.name == "pixels":
+            assert a.keys() == b.keys()
+            for key in b:
+                np.testing.assert_array_equal(a[key], b[key])
+                assert a[key].dtype == np.uint8 and a[key].flags.c_contiguous
+        else:
+            np.testing.assert_array_equal(a, b)
+            assert a.dtype == b.dtype, column.name
+
+
+def wait_gone(pid: int) -> None:
+    """Waits until there is no such process; the test's time limit is the bound."""
+    while Path(f"/proc/{pid}/stat").exists():
+        if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+            return
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def cage() -> Iterator[Cage]:
+    """One cage for many tests: what one test did to it must not show in the next."""
+    with Cage(stall_s=20) as cage:
+        yield cage
+
+
+def test_events_come_as_the_child_made_them(cage: Cage) -> None:
+    events = list(play(cage, "frames-9"))  # keeps all: beyond two chunks it holds copies
+    assert events[0] == hostile.INFO
+    assert events[-1] == hostile.END
+    for k, frames in enumerate(events[1:-1]):
+        assert isinstance(frames, Frames)
+        assert_equal(frames, hostile.make_frames(10 * k, 10, SMALL, context=k > 0))
+
+
+def test_frames_stay_as_they_are_while_they_are_held() -> None:
+    with Cage() as cage:
+        events = (e for e in play(cage, "frames-12") if isinstance(e, Frames))
+        held = [e for e in events if e.frame_index[0] in (0, 50, 60)]
+        list(play(cage, "frames-12"))
+    for frames in held:
+        assert_equal(
+            frames, hostile.make_frames(int(frames.frame_index[0]), 10, SMALL, frames.context)
+        )
+
+
+def test_dropped_chunks_are_views_and_their_slots_return(cage: Cage) -> None:
+    owners = 0
+    for event in play(cage, "frames-20"):
+        if isinstance(event, Frames):
+            array = event.pixels[SMALL[0].key]
+            while isinstance(array.base, np.ndarray):
+                array = array.base
+            owners += array.flags.owndata
+    assert owners == 0, "a consumer that keeps nothing was given copies"
+
+
+def test_no_geometry_gives_rows_without_pixels(cage: Cage) -> None:
+    events = list(play(cage, "frames-2", geometries=()))
+    assert [len(e) for e in events if isinstance(e, Frames)] == [10, 10]
+
+
+def test_bytes_come_from_the_parent_in_large_pieces(cage: Cage) -> None:
+    data = np.random.default_rng(7).integers(0, 256, 3 * 2**20 + 77, np.uint8).tobytes()
+    source = Bytes(data)
+    _, frames, _ = play(cage, "sum-4096", source)
+    assert isinstance(frames, Frames)
+    assert frames.frame_index[0] == sum(data)
+    assert source.reads == [(0, 2**20), (2**20, 2**20), (2**21, 2**20), (3 * 2**20, 77)]
+    assert len(list(play(cage, "sieve", source))) == 2
+
+
+def test_a_long_read_is_asked_for_as_it_is(cage: Cage) -> None:
+    source = Bytes(bytes(range(256)) * 80_000)
+    _, frames, _ = play(cage, f"sum-{len(source.data)}", source)
+    assert isinstance(frames, Frames)
+    assert frames.frame_index[0] == sum(source.data)
+    assert source.reads == [(0, 2**24), (2**24, len(source.data) - 2**24)]
+
+
+@pytest.mark.parametrize("error", [SourceChanged("other bytes"), StoreError("gone"), OSError(5)])
+def test_errors_of_the_source_surface_as_they_are(cage: Cage, error: Exception) -> None:
+    restarts, pid = cage.restarts, cage.pid
+    with pytest.raises(type(error)) as caught:
+        list(play(cage, "sum-4096", Bytes(b"\0" * 2**21, fail_at=1, error=error)))
+    assert caught.value is error
+    assert_works(cage)
+    assert (cage.restarts, cage.pid) == (restarts, pid), (
+        "the child should have been told, not killed"
+    )
+
+
+def test_a_short_read_is_no_end_of_file(cage: Cage) -> None:
+    source = Bytes(b"\0" * 5000)
+    source.size_bytes = 6000
+    with pytest.raises(StoreError, match="6000 bytes at 0 gave 5000"):
+        list(play(cage, "sum-4096", source))
+
+
+def test_a_media_error_keeps_its_kind(cage: Cage) -> None:
+    restarts = cage.restarts
+    with pytest.raises(MediaError) as caught:
+        list(play(cage, "media"))
+    assert (caught.value.kind, caught.value.advice) == ("no_video", "none")
+    assert caught.value.message == "no video stream� — s3://bucket/media"
+    assert cage.restarts == restarts
+
+
+@pytest.mark.parametrize(
+    ("deed", "kind", "words"),
+    [
+        ("segv", "decoder_crash", "died of SIGSEGV"),
+        ("abort", "decoder_crash", "died of SIGABRT"),
+        ("exit-3", "decoder_crash", "exited with code 3"),
+        ("bug", "decoder_crash", "KeyError at hostile.py:"),
+    ],
+)
+def test_a_crash_is_charged_to_its_clip(cage: Cage, deed: str, kind: str, words: str) -> None:
+    restarts = cage.restarts
+    with pytest.raises(DecoderDied, match=rf"{words}.* s3://bucket/{deed} ") as caught:
+        list(play(cage, deed))
+    assert caught.value.kind == kind
+    assert cage.restarts == restarts + 1
+    assert cage.last_exit is not None and words in cage.last_exit
+    assert_works(cage)
+
+
+@pytest.mark.parametrize(
+    ("number", "kind"),
+    [
+        (signal.SIGSEGV, "decoder_crash"),
+        (signal.SIGBUS, "decoder_crash"),
+        (signal.SIGKILL, "decoder_oom"),
+    ],
+)
+def test_a_child_killed_at_work(cage: Cage, number: int, kind: str) -> None:
+    events = play(cage, "sleep-60")
+    next(events)
+    assert cage.pid is not None
+    os.kill(cage.pid, number)
+    with pytest.raises(DecoderDied) as caught:
+        list(events)
+    assert caught.value.kind == kind
+    assert_works(cage)
+
+
+def test_a_child_that_dies_between_clips_is_nobodys_fault(cage: Cage) -> None:
+    assert_works(cage)
+    assert cage.pid is not None
+    os.kill(cage.pid, signal.SIGKILL)
+    wait_gone(cage.pid)
+    assert_works(cage)
+
+
+def test_hangs_and_endless_loops_are_ended() -> None:
+    with Cage(stall_s=0.3) as cage:
+        list(play(cage, "frames-1"))
+        events = play(cage, "sum-4096", Bytes(b"\0" * 2**24))
+        next(events)
+        assert cage.pid is not None
+        os.kill(cage.pid, signal.SIGSTOP)
+        with pytest.raises(DecoderDied, match=r"gave no sign for 0\.3 s") as caught:
+            list(events)
+        assert caught.value.kind == "decoder_timeout"
+        with pytest.raises(DecoderDied, match="gave no sign"):
+            list(play(cage, "spin"))
+        assert_works(cage)
+        assert cage.restarts == 2
+
+
+def test_a_slow_source_or_consumer_is_no_hang() -> None:
+    class Slow(Bytes):
+        def read_at(self, offset: int, length: int) -> bytes:
+            time.sleep(0.4)
+            return super().read_at(offset, length)
+
+    with Cage(stall_s=0.3) as cage:
+        for _ in play(cage, "sum-4096", Slow(b"\0" * 4096)):
+            time.sleep(0.4)
+        assert cage.restarts == 0
+
+
+def test_cpu_time_and_waiting_time_have_limits() -> None:
+    with Cage(cpu_s=0.1) as cage, pytest.raises(DecoderDied, match="CPU time") as caught:
+        list(play(cage, "spin"))
+    assert caught.value.kind == "decoder_timeout"
+    with Cage(wall_s=0.2) as cage, pytest.raises(DecoderDied, match=r"longer than 0\.2 s"):
+        list(play(cage, "sleep-0.3"))
+
+
+def test_the_cpu_limit_is_renewed_for_every_clip() -> None:
+    with Cage(cpu_s=0.7) as cage:
+        for _ in range(3):
+            list(play(cage, "burn-0.5"))
+        assert cage.restarts == 0
+
+
+def test_memory_has_a_limit() -> None:
+    with Cage(memory_bytes=100 * 2**20) as cage:
+        with pytest.raises(DecoderDied, match="104857600 bytes") as caught:
+            list(play(cage, "bomb"))
+        assert caught.value.kind == "decoder_oom"
+        assert_works(cage)
+
+
+def test_an_abandoned_iterator_leaves_the_sandbox_usable(cage: Cage) -> None:
+    assert_works(cage)
+    pid = cage.pid
+    events = play(cage, "sum-4096", Bytes(b"\0" * 2**26))
+    next(events)
+    with pytest.raises(RuntimeError, match="is at work"):
+        next(play(cage, "frames-1"))
+    events.close()  # type: ignore[attr-defined]
+    assert_works(cage)
+    events = play(cage, "frames-50")
+    next(events)
+    next(events)
+    del events  # the child waits for a slot, or is about to
+    assert_works(cage)
+    assert cage.pid == pid
+    events = play(cage, "sleep-60")
+    next(events)
+    events.close()  # type: ignore[attr-defined]
+    assert_works(cage)
+    assert cage.pid != pid
+    assert cage.last_exit == "did not stop when asked to"
+
+
+@pytest.mark.parametrize("lie", hostile.LIES)
+def test_nothing_a_hostile_child_says_is_believed(cage: Cage, lie: str) -> None:
+    with pytest.raises(DecoderDied, match="broke the protocol") as caught:
+        list(play(cage, f"raw-{lie}"))
+    assert caught.value.kind == "decoder_crash"
+
+
+def test_no_chunk_reaches_beyond_its_slot() -> None:
+    with Cage() as cage, pytest.raises(DecoderDied, match="136256 bytes in slot 0"):
+        list(play(cage, "fat", chunk_bytes=1000))
+
+
+def test_the_child_has_nothing_and_reaches_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "canary-7f3a")
+    canary = Path("/tmp/vidbatch-canary")
+    canary.touch()
+    with Cage() as cage, canary.open():
+        *_, end = play(cage, "attack")
+        proc = Path(f"/proc/{cage.pid}")
+        status = dict(line.split(":\t", 1) for line in (proc / "status").read_text().splitlines())
+        limits = {line[:26].strip(): line[26:].split()[:2] for line in open_limits(proc)}
+        assert b"canary" not in (proc / "environ").read_bytes() + (proc / "cmdline").read_bytes()
+        assert (proc / "environ").read_bytes() == b""
+        assert (proc / "cwd").readlink() == Path("/")
+        descriptors = sorted(str(fd.readlink()).split(":")[0] for fd in (proc / "fd").iterdir())
+    assert descriptors == ["/dev/null", "/dev/null", "pipe", "socket"]
+    assert [status[name].strip() for name in ("NoNewPrivs", "Seccomp", "Threads")] == ["1", "2", "1"]
+    assert [limits[f"Max {what}"] for what in ("file size", "core file size", "open files")] == [
+        ["0", "0"]
+    ] * 3
+    assert int(limits["Max address space"][1]) < 10 * 2**30
+    assert isinstance(end, ClipEnd) and end.reason is not None
+    attacks = dict(part.split(": ", 1) for part in end.reason.split("; "))
+    assert attacks.keys() == hostile.ATTACKS.keys()
+    assert not [f"{name}: {end}" for name, end in attacks.items() if end.startswith("DONE")]
+    assert canary.exists() and not Path("/tmp/vidbatch-escaped").exists()
+    canary.unlink()
+
+
+def open_limits(proc: Path) -> list[str]:
+    """The lines of /proc/<pid>/limits without the heading."""
+    return (proc / "limits").read_text().splitlines()[1:]
+
+
+def test_children_die_with_their_parent() -> None:
+    program = (
+        "import sys, os, time; from tests.test_sandbox import *\n"
+        "cage = Cage(); events = play(cage, 'spin'); next(events)\n"
+        "spare = cage._spare.result().pid\n"
+        "print(cage.pid, spare, flush=True); time.sleep(60)"
+    )
+    root = str(Path(__file__).parents[1])
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, cwd=root
+    ) as parent:
+        assert parent.stdout is not None
+        pids = [int(word) for word in parent.stdout.readline().split()]
+        assert len(pids) == 2 and all(Path(f"/proc/{pid}").exists() for pid in pids)
+        parent.kill()
+    for pid in pids:
+        wait_gone(pid)
+
+
+def test_a_sandbox_outlives_the_thread_that_made_it() -> None:
+    made: list[Cage] = []
+
+    def make() -> None:
+        made.append(Cage())
+        assert_works(made[0])
+
+    thread = threading.Thread(target=make)
+    thread.start()
+    thread.join()
+    with made[0] as cage:
+        assert_works(cage)
+        assert cage.restarts == 0
+
+
+def test_closing_ends_the_children_and_keeps_the_arrays() -> None:
+    with Cage() as cage:
+        _, frames, _ = play(cage, "frames-1")
+        events = play(cage, "sleep-60")
+        next(events)
+        pid = cage.pid
+    assert pid is not None and not Path(f"/proc/{pid}").exists()
+    events.close()  # type: ignore[attr-defined]
+    cage.close()
+    assert isinstance(frames, Frames)
+    assert_equal(frames, hostile.make_frames(0, 10, SMALL, context=False))
+
+
+def test_larger_chunks_get_a_process_with_larger_slots(cage: Cage) -> None:
+    assert_works(cage)
+    large = (Geometry(width_px=2000, height_px=1500),)
+    _, frames, _ = play(cage, "frames-1", geometries=large, chunk_bytes=9 * 10**7)
+    assert isinstance(frames, Frames)
+    assert_equal(frames, hostile.make_frames(0, 10, large, context=False))
+    with pytest.raises(UsageError, match="smaller geometries"):
+        next(play(cage, "frames-1", chunk_bytes=2**31))
+
+
+def test_a_child_that_cannot_start_is_told_with_its_cause() -> None:
+    class Broken(Sandbox):
+        MODULES = ("tests.there_is_no_such_module", "tests.hostile")
+
+    with Broken() as sandbox:
+        for _ in range(2):
+            with pytest.raises(InfraError, match="there_is_no_such_module"):
+                next(play(sandbox, "frames-1"))
+
+
+@given(
+    number=st.integers(-(2**63) + 1, 2**63 - 1),
+    rate=st.fractions(min_value=0, max_value=2**20, max_denominator=2**40),
+    seconds=st.floats(allow_nan=False, allow_infinity=False),
+    text=st.text(max_size=50),
+)
+def test_values_survive_the_wire(number: int, rate: Fraction, seconds: float, text: str) -> None:
+    import json
+
+    info = VideoInfo(
+        container=text,
+        codec="",
+        width_px=number,
+        height_px=2,
+        rotation_deg=0,
+        time_base=Fraction(1, 90_000),
+        rate=rate,
+        start_s=seconds,
+        duration_s=None,
+        frame_count=None,
+        audio_codec=None,
+        audio_rate_hz=number,
+    )
+    back = wire.unpack(VideoInfo, json.loads(json.dumps(wire.pack(info))))
+    assert wire.printable(text) == back.container
+    assert {f: getattr(back, f) for f in VideoInfo.__slots__ if f != "container"} == {
+        f: getattr(info, f) for f in VideoInfo.__slots__ if f != "container"
+    }
+    clip = make_clip("s3://b/k")
+    assert wire.unpack(Clip, json.loads(json.dumps(wire.pack(clip)))) == clip
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("width_px", 2**63),
+        ("width_px", 1.0),
+        ("width_px", True),
+        ("width_px", None),
+        ("codec", 5),
+        ("codec", "x" * 3000),
+        ("time_base", "1/0"),
+        ("time_base", "1/2/3"),
+        ("time_base", "9" * 2000),
+        ("start_s", float("inf")),
+        ("start_s", "1"),
+        ("start_s", []),
+        ("no_such_field", 1),
+    ],
+)
+def test_values_of_another_kind_are_refused(field: str, value: Any) -> None:
+    with pytest.raises(wire.BreachError):
+        wire.unpack(VideoInfo, wire.pack(hostile.INFO) | {field: value})
+
+
+@pytest.mark.parametrize("name", ["v2d__test_video.mp4", "mb__0.ts", "bgs__video.avi"])
+def test_decodes_and_probes_as_in_process(shared_videos: Path, name: str) -> None:
+    data = (shared_videos / "real" / name).read_bytes()
+    limits = DecodeLimits(chunk_bytes=2**20)
+    with Sandbox() as sandbox, InProcess() as plain:
+        probes, runs = [], []
+        for decoder in (sandbox, plain):
+            probes.append(decoder.probe(Bytes(data), limits=limits, length_s=10))
+            runs.append(
+                list(
+                    decoder.decode(
+                        Bytes(data),
+                        make_clip(name),
+                        sample=Sample(kind="fps", fps=Fraction(1, 2)),
+                        geometries=SMALL,
+                        context=True,
+                        limits=limits,
+                    )
+                )
+            )
+    assert probes[0] == probes[1]
+    assert len(runs[0]) == len(runs[1]) > 2
+    for ours, theirs in zip(*runs, strict=True):
+        if isinstance(ours, Frames):
+            assert isinstance(theirs, Frames)
+            assert_equal(ours, theirs)
+        else:
+            assert ours == theirs
+
+
+def test_a_picture_larger_than_the_memory_is_an_oom(shared_videos: Path) -> None:
+    data = (shared_videos / "real" / "v2d__test_video.mp4").read_bytes()
+    with Sandbox(memory_bytes=12 * 2**20) as sandbox, pytest.raises(VidbatchError) as caught:
+        list(
+            sandbox.decode(
+                Bytes(data),
+                make_clip("s3://bucket/large.mp4"),
+                sample=ALL,
+                geometries=SMALL,
+                context=False,
+                limits=DecodeLimits(),
+            )
+        )
+    assert isinstance(caught.value, DecoderDied)
+    assert caught.value.kind == "decoder_oom"

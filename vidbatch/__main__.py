@@ -1,0 +1,5 @@
+"""`python -m vidbatch`: the command line."""
+
+from vidbatch.cli import main
+
+main()

@@ -1,0 +1,211 @@
+"""decode_clip: one clip from bytes to Frames, skipping what can be proven unneeded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+
+from vidbatch.data import (
+    ByteSource,
+    Clip,
+    ClipEnd,
+    DecodeEvent,
+    DecodeLimits,
+    Geometry,
+    Sample,
+    VideoInfo,
+)
+from vidbatch.decode.inorder import CountedPlaces, TablePlaces, decode_in_order
+from vidbatch.decode.pixels import Scaler, orientation
+from vidbatch.decode.planned import Plan, Planned, number_packets
+from vidbatch.decode.rows import RowBuffer
+from vidbatch.decode.skipping import decode_wanted
+from vidbatch.decode.tally import IndexMismatchError, Selection, Shown, SkippingFailedError, Tally
+from vidbatch.decode.verdict import Evidence, gather, judge, nothing_decoded
+from vidbatch.errors import MediaError
+from vidbatch.media import OpenVideo, inspector, open_video, read_packet_table
+from vidbatch.sampling import Clock, Sampler
+
+
+def decode_clip(
+    source: ByteSource,
+    clip: Clip,
+    *,
+    sample: Sample,
+    geometries: Sequence[Geometry],
+    context: bool,
+    limits: DecodeLimits,
+) -> Iterator[DecodeEvent]:
+    """Decodes one clip: yields one VideoInfo, then Frames in display order, then one ClipEnd.
+
+    Args:
+        source: The video's object, pinned to the version that was planned.
+        clip: Which keyframes of it; anything but the whole video needs a trusted packet table.
+        sample: Which frames become rows, anchored at the video.
+        geometries: One array per distinct one; none gives rows without pixels.
+        context: Whether each chunk but the video's first begins with the sampled frame before it.
+        limits: Bounds of one chunk and of one picture.
+
+    Raises:
+        MediaError: no row can come of this clip (kinds in `media`, and `index_mismatch`).
+        StoreError: the bytes could not be had.
+    """
+    table, _ = read_packet_table(source, max_pixels=limits.max_pixels)
+    if table is None and not clip.whole:
+        raise MediaError(
+            "the clip is a part of a video whose index cannot be trusted; it is not written",
+            kind="index_mismatch",
+            advice="plan the video again",
+        )
+    rows = RowBuffer(Scaler(geometries), limits, first=clip.start_frame, context=context)
+    plan = None if table is None else Plan(table, clip, sample, context)
+    skip, from_zero, fallback = True, False, None
+    while True:
+        with open_video(source, max_pixels=limits.max_pixels) as video:
+            work = _Pass(source, video, sample, rows, plan)
+            try:
+                yield from work.skipping() if skip else work.in_order(from_zero=from_zero)
+                yield from work.finish(fallback)
+                return
+            except SkippingFailedError as error:
+                if not (error.by_codec and sample.kind == "all"):
+                    fallback = str(error)
+                skip, from_zero = False, not error.entry_holds
+            except IndexMismatchError as error:
+                if not clip.whole or plan is None:
+                    raise MediaError(
+                        "packets are not where the container's index says; the clip is not written",
+                        kind="index_mismatch",
+                        advice="nothing: the file contradicts itself",
+                    ) from error
+                plan, skip, fallback = None, True, "packets are not where the index says"
+        rows.start_over()
+
+
+class _Pass:
+    """One way through the clip's packets."""
+
+    def __init__(
+        self,
+        source: ByteSource,
+        video: OpenVideo,
+        sample: Sample,
+        rows: RowBuffer,
+        plan: Plan | None,
+    ) -> None:
+        self._source = source
+        self._video = video
+        self._sample = sample
+        self._rows = rows
+        self._plan = plan
+        self._tally = Tally()
+        self._clock = Clock(video.time_base, video.rate)
+        self._taken = 0
+        self._upright: tuple[int, int, int] | None = None
+        self._start_pts = None if plan is None else plan.origin_pts
+        self._expected = None if plan is not None else (video.stream.frames or None)
+
+    def skipping(self) -> Iterator[DecodeEvent]:
+        """Decodes what rows need. Raises SkippingFailedError."""
+        video = self._video
+        inspect, why = inspector(video.codec, video.stream.codec_context.extradata)
+        if inspect is None:
+            raise SkippingFailedError(why, by_codec=True)
+        segments = self._plan.segments() if self._plan else [(None, 0)]
+        for packets, first in segments:
+            selection, clock = self._start(first)
+            numbered = number_packets(video, self._plan.table if self._plan else None, packets)
+            for shown in decode_wanted(
+                video, numbered, inspect, selection, clock, first, self._tally
+            ):
+                yield from self._row(shown)
+                self._rows.settle(selection.settle())
+                yield from self._rows.chunks()
+            self._rows.settle(selection.settle())
+
+    def in_order(self, *, from_zero: bool) -> Iterator[DecodeEvent]:
+        """Decodes everything from the first packet that rows need, or that the video has."""
+        plan = self._plan
+        packets, first = plan.whole(from_zero=from_zero) if plan else (None, 0)
+        places = TablePlaces(plan.table, first, plan.end_frame) if plan else CountedPlaces()
+        if packets is not None:
+            self._expected = packets.stop - packets.start
+        selection, clock = self._start(first)
+        numbered = number_packets(self._video, plan.table if plan else None, packets)
+        held: dict[int, Shown] = {}
+        for shown in decode_in_order(self._video, numbered, places, clock, self._tally):
+            held[shown.index] = shown
+            for index in selection.push(shown.time, shown.key):
+                yield from self._row(held[index])
+            held = {i: held[i] for i in selection.held}
+            self._rows.settle(selection.settle())
+            yield from self._rows.chunks()
+        for index in selection.finish(clock.largest + clock.frame_s):
+            yield from self._row(held[index])
+        self._rows.settle(selection.settle())
+
+    def _start(self, first: int) -> tuple[Selection, Clock]:
+        origin = None if self._plan is None else self._plan.origin_pts
+        self._clock = Clock(self._video.time_base, self._video.rate, origin)
+        return (Planned(self._plan, first) if self._plan else Sampler(self._sample)), self._clock
+
+    def _row(self, shown: Shown) -> Iterator[DecodeEvent]:
+        """Adds a row; the first frame says how large the video is and which way up."""
+        self._taken += 1
+        frame = shown.frame
+        if frame is not None and not self._rows.announced:
+            turn = orientation(frame)
+            self._upright = (*turn.size(frame.width, frame.height), turn.rotation_deg)
+            if self._start_pts is None and shown.index == 0:
+                self._start_pts = shown.pts
+            yield self._info()
+        self._rows.add(shown, self._tally)
+
+    def _info(self) -> VideoInfo:
+        self._rows.announced = True
+        return self._video.info(upright=self._upright, start_pts=self._start_pts)
+
+    def finish(self, fallback: str | None) -> Iterator[DecodeEvent]:
+        """The last rows and how it went. Raises MediaError if there are none but should be."""
+        tally, plan, clock = self._tally, self._plan, self._clock
+        end = clock.largest + clock.frame_s
+        evidence = self._evidence(end)
+        if not self._rows.found and (self._taken or plan is None):
+            raise nothing_decoded(evidence, self._video.codec)
+        if not self._rows.consistent:
+            raise MediaError(
+                "decoding the clip twice gave different rows; the clip is not written",
+                kind="inconsistent",
+                advice="nothing: the file is damaged beyond a stable answer",
+            )
+        if not self._rows.announced:
+            yield self._info()
+        yield from self._rows.chunks(end=True)
+        if clock.discontinuities:
+            fallback = f"timestamps step back {clock.discontinuities} times"
+        elif clock.missing_pts:
+            fallback = f"{clock.missing_pts} timestamps are missing"
+        verdict = judge(evidence)
+        yield ClipEnd(
+            status="partial" if verdict else "ok",
+            reason=verdict.reason if verdict else None,
+            kind=verdict.kind if verdict else None,
+            start_s=plan.time_of(plan.first_frame) if plan else 0.0,
+            end_s=plan.time_of(plan.end_frame) if plan else float(end),
+            start_frame=plan.first_frame if plan else 0,
+            end_frame=plan.end_frame if plan else tally.places,
+            frames_decoded=tally.frames,
+            decode_errors=tally.errors,
+            corrupt_frames=tally.corrupt,
+            fallback=fallback,
+        )
+
+    def _evidence(self, end: Fraction) -> Evidence:
+        return gather(
+            self._source,
+            self._video,
+            self._tally,
+            expected_packets=self._expected,
+            whole=self._plan is None,
+            end=end,
+        )

@@ -1,0 +1,191 @@
+"""Where a packet table is there: which frames of the clip are rows, and which packets they need."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from fractions import Fraction
+
+import numpy as np
+from av.packet import Packet
+from av.video.stream import VideoStream
+
+from vidbatch.data import Clip, Sample
+from vidbatch.decode.tally import IndexMismatchError, Mark, NumberedPackets
+from vidbatch.errors import MediaError
+from vidbatch.media import OpenVideo, PacketTable
+from vidbatch.sampling import DEFAULT_RATE, take
+
+GAP_BYTES = 2**20
+"""Unwanted packets of fewer bytes are read with their neighbours: a request costs more."""
+SEEKS = 3
+"""Times to look for a packet one keyframe further back before the table is given up."""
+
+
+class Plan:
+    """A clip's rows and packets, from the table of its whole video."""
+
+    def __init__(self, table: PacketTable, clip: Clip, sample: Sample, context: bool) -> None:
+        self.table = table
+        n = len(table.order)
+        ticks = table.ticks
+        step = int(ticks[-1] - ticks[-2]) if n > 1 else 0
+        self.end = int(ticks[-1] + step) * table.time_base or 1 / (table.rate or DEFAULT_RATE)
+        """When the last frame of the video leaves the screen."""
+        keyframes = table.keyframes
+        last = len(keyframes) if clip.end_keyframe is None else clip.end_keyframe
+        self.packets = slice(
+            int(keyframes[clip.first_keyframe]) if 0 < clip.first_keyframe < len(keyframes) else 0,
+            int(keyframes[last]) if last < len(keyframes) else len(table.pts),
+        )
+        self.first_frame = self._frame_at(self.packets.start)
+        self.end_frame = self._frame_at(self.packets.stop)
+        expected = (clip.start_frame, n if clip.end_frame is None else clip.end_frame)
+        if last > len(keyframes) or (self.first_frame, self.end_frame) != expected:
+            raise MediaError(
+                f"the clip's frames {expected} are {(self.first_frame, self.end_frame)} in the object;"
+                " the clip is not written",
+                kind="index_mismatch",
+                advice="the object may have been planned in another version; plan it again",
+            )
+        taken = take(sample, ticks, table.time_base, table.keys, self.end)
+        inside = (taken.frame_index >= self.first_frame) & (taken.frame_index < self.end_frame)
+        rows = taken.frame_index[inside].tolist()
+        self.covers = dict(zip(rows, taken.covers_s[inside].tolist(), strict=True))
+        before = taken.frame_index[taken.frame_index < self.first_frame]
+        self.context = int(before[-1]) if context and len(before) and rows else None
+        """The sampled frame before the clip's first row."""
+
+    @property
+    def origin_pts(self) -> int:
+        """pts of frame 0."""
+        return int(self.table.pts[self.table.order[0]])
+
+    def time_of(self, frame: int) -> float:
+        """Seconds from frame 0; one past the last frame is when that leaves the screen."""
+        if frame >= len(self.table.order):
+            return float(self.end)
+        return float(int(self.table.ticks[frame]) * self.table.time_base)
+
+    @property
+    def wanted(self) -> list[int]:
+        """Frames to decode, rising."""
+        return [*([] if self.context is None else [self.context]), *self.covers]
+
+    def segments(self) -> list[tuple[slice, int]]:
+        """Runs of packets that hold all wanted frames, each with the index of its first frame.
+
+        Each begins at a closed keyframe; one whose neighbour is near goes on into it.
+        """
+        entries = self._entries()
+        frames = np.array([self._frame_at(e) for e in entries])
+        ends = [*entries[1:], len(self.table.pts)]
+        needed = sorted({int(np.searchsorted(frames, w, side="right")) - 1 for w in self.wanted})
+        read = np.concatenate(([0], np.cumsum(self.table.size)))
+        runs: list[tuple[slice, int]] = []
+        for i in needed:
+            stop = min(ends[i], self.packets.stop)
+            if runs and read[entries[i]] - read[runs[-1][0].stop] < GAP_BYTES:
+                runs[-1] = (slice(runs[-1][0].start, stop), runs[-1][1])
+            else:
+                runs.append((slice(entries[i], stop), int(frames[i])))
+        return runs
+
+    def whole(self, *, from_zero: bool) -> tuple[slice, int]:
+        """All packets from the one the first wanted frame needs, or from the video's first."""
+        start = 0
+        if not from_zero:
+            first = min(self.wanted, default=self.first_frame)
+            start = max(e for e in self._entries() if self._frame_at(e) <= first)
+        return slice(start, self.packets.stop), self._frame_at(start) if start else 0
+
+    def _entries(self) -> list[int]:
+        """Packets that decoding can start at, as far as the container knows; 0 is one."""
+        closed = self.table.keyframes[self.table.closed_keyframes()].tolist()
+        return [0, *(e for e in closed if 0 < e < self.packets.stop)]
+
+    def _frame_at(self, packet: int) -> int:
+        """Frames shown before this packet's."""
+        if packet >= len(self.table.pts):
+            return len(self.table.order)
+        shown = self.table.pts[self.table.order]
+        return int(np.searchsorted(shown, self.table.pts[packet])) if packet else 0
+
+
+class Planned:
+    """The Selection of a plan, for frames from index `first`."""
+
+    def __init__(self, plan: Plan, first: int) -> None:
+        self._covers = plan.covers
+        self._context = plan.context
+        self._next = first
+        self._settled: list[tuple[int, float]] = []
+
+    @property
+    def held(self) -> set[int]:
+        return set()
+
+    def push(self, time: Fraction, is_keyframe: bool) -> list[int]:
+        index = self._next
+        self._next += 1
+        if index in self._covers:
+            self._settled.append((index, self._covers[index]))
+            return [index]
+        return [index] if index == self._context else []
+
+    def finish(self, end: Fraction) -> list[int]:
+        return []
+
+    def settle(self) -> list[tuple[int, float]]:
+        settled, self._settled = self._settled, []
+        return settled
+
+
+def number_packets(
+    video: OpenVideo, table: PacketTable | None, packets: slice | None
+) -> NumberedPackets:
+    """The packets of a range, numbered; by the table's positions where there is one.
+
+    Raises:
+        IndexMismatchError: what comes is not what the table says.
+        StoreError: the bytes could not be had.
+    """
+    if table is None or packets is None:
+        for number, packet in enumerate(video.packets()):
+            yield Mark(number, packet.pts, packet.is_keyframe), packet
+        return
+    for number, packet in _located(video, table, packets.start):
+        if number >= packets.stop:
+            return
+        if number >= len(table.pts) or (packet.pts, packet.pos) != (
+            int(table.pts[number]),
+            int(table.pos[number]),
+        ):
+            raise IndexMismatchError
+        if number >= packets.start:
+            yield Mark(number, packet.pts, bool(table.key[number])), packet
+
+
+def _located(
+    video: OpenVideo, table: PacketTable, first: int
+) -> Iterator[tuple[int, Packet[VideoStream]]]:
+    """(number, packet) from `first` or a little before it."""
+    if first == 0:
+        yield from enumerate(video.packets())
+        return
+    back = table.keyframes[table.keyframes <= first][::-1][: SEEKS + 1].tolist()
+    for target in back:
+        video.container.seek(int(table.dts[target]), stream=video.stream)
+        number = -1
+        for packet in video.packets():
+            if number < 0:
+                at = np.flatnonzero(table.pos == (packet.pos if packet.pos is not None else -1))
+                number = int(at[0]) if len(at) else len(table.pts)
+                if number > first:
+                    break
+            else:
+                number += 1
+            yield number, packet
+        else:
+            return
+        continue
+    raise IndexMismatchError

@@ -1,0 +1,89 @@
+"""What one decode counts, and the types that its parts hand to each other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import NamedTuple, Protocol, TypeAlias
+
+from av.packet import Packet
+from av.video.frame import VideoFrame
+from av.video.stream import VideoStream
+
+
+class SkippingFailedError(Exception):
+    """Skipping cannot be proven exact here, and why: everything is to be decoded in order instead."""
+
+    def __init__(self, why: str, *, entry_holds: bool = False, by_codec: bool = False) -> None:
+        super().__init__(why)
+        self.entry_holds = entry_holds
+        """Whether the clip's own first packet is still known to be a place to start at."""
+        self.by_codec = by_codec
+        """Whether nothing is wrong: skipping is not known for this codec."""
+
+
+class IndexMismatchError(Exception):
+    """The packets that come are not those of the packet table."""
+
+
+class Mark(NamedTuple):
+    """What a packet tells its frame: FFmpeg carries it through the decoder, whatever the reordering."""
+
+    number: int
+    """Of the packet in the stream, in decode order."""
+    pts: int | None
+    key: bool
+
+
+VideoPacket: TypeAlias = "Packet[VideoStream]"
+NumberedPackets: TypeAlias = Iterable[tuple[Mark, VideoPacket]]
+
+
+@dataclass(slots=True)
+class Tally:
+    """Counters of one pass over a clip."""
+
+    packets: int = 0
+    frames: int = 0
+    """Frames that came out of the decoder."""
+    errors: int = 0
+    """Packets on which the decoder failed."""
+    corrupt: int = 0
+    """Frames that came out damaged."""
+    encrypted: bool = False
+    places: int = 0
+    """One past the index of the last place in display order."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shown:
+    """One place in display order; `frame` is null where the packet there could not be decoded."""
+
+    index: int
+    pts: int | None
+    time: Fraction
+    key: bool
+    frame: VideoFrame | None
+    corrupt: bool = False
+
+
+class Selection(Protocol):
+    """Which frames become rows: `sampling.Sampler`, or `Planned` where all times are known."""
+
+    @property
+    def held(self) -> set[int]:
+        """Indices that may still be taken although `push` did not name them yet."""
+        ...
+
+    def push(self, time: Fraction, is_keyframe: bool) -> list[int]:
+        """The next frame in display order; returns the indices that are now rows."""
+        ...
+
+    def finish(self, end: Fraction) -> list[int]:
+        """The video is over; returns the last indices that are rows."""
+        ...
+
+    def settle(self) -> Sequence[tuple[int, Fraction | float]]:
+        """Rows whose covers_s is final, each once."""
+        ...

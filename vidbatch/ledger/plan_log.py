@@ -1,0 +1,295 @@
+"""The plan log: which clips and tasks there are, decided once per sampling rule, for ever.
+
+`_vidbatch/plans/<sampling>/00000000.parquet`, `00000001.parquet`, …: create-only and without a
+gap over all runs and drivers; a chunk is what one planning step added. One row per clip; the rows
+of a task follow each other. In memory the log stays columnar (about 250 bytes a clip); a
+Task is made when it is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from vidbatch.data import Bools, Clip, Floats, Ints, Task, Video
+from vidbatch.errors import InfraError
+from vidbatch.tables import SCHEMA_VERSION, read, write
+
+_UTC = pa.timestamp("us", tz="UTC")
+
+_VIDEO: dict[str, pa.DataType] = {
+    "uri": pa.string(),
+    "version": pa.string(),
+    "size_bytes": pa.int64(),
+    "modified_at": _UTC,
+    "listed_at": _UTC,
+    "captured_at": _UTC,
+    "captured_from": pa.string(),
+    "dt": pa.string(),
+    "source": pa.string(),
+    "key_fields": pa.string(),
+}
+_CLIP: dict[str, pa.DataType] = {
+    "first_keyframe": pa.int64(),
+    "end_keyframe": pa.int64(),
+    "start_s": pa.float64(),
+    "end_s": pa.float64(),
+    "start_frame": pa.int64(),
+    "end_frame": pa.int64(),
+}
+_SCHEMA = pa.schema(
+    {
+        "task_id": pa.string(),
+        "ordinal": pa.int32(),  # of the clip in its task: 0 begins a task
+        "generation": pa.int32(),
+        "output": pa.string(),
+        "cost_s": pa.float64(),
+        "video_id": pa.string(),
+    }
+    | _VIDEO
+    | _CLIP
+)
+_REPEATED = ("task_id", "output", "video_id", "uri", "version", "captured_from", "dt", "source",
+             "key_fields")  # fmt: skip
+"""Equal for the clips of a video or task, or of a small set: kept as dictionaries in memory."""
+
+_SLICE_ROWS = 4096
+"""Clips turned into Python objects at a time when many tasks are asked for in order."""
+
+
+def encode_chunk(sampling: str, tasks: Sequence[Task]) -> bytes:
+    """The Parquet file of some tasks, in their order."""
+    columns: dict[str, list[Any]] = {name: [] for name in _SCHEMA.names}
+    ids: dict[Video, str] = {}
+    for task in tasks:
+        if task.sampling != sampling:
+            raise ValueError(f"task {task.task_id} is of sampling {task.sampling}, not {sampling}")
+        task_id = task.task_id
+        for ordinal, clip in enumerate(task.clips):
+            video = clip.video
+            video_id = ids.get(video) or ids.setdefault(video, video.video_id)
+            for name, value in (
+                ("task_id", task_id),
+                ("ordinal", ordinal),
+                ("generation", task.generation),
+                ("output", task.output),
+                ("cost_s", task.cost_s),
+                ("video_id", video_id),
+            ):
+                columns[name].append(value)
+            for name in _VIDEO:
+                columns[name].append(getattr(video, name))
+            for name in _CLIP:
+                columns[name].append(getattr(clip, name))
+    table = pa.Table.from_pydict(columns, schema=_SCHEMA)
+    return write(
+        table,
+        {"vidbatch.plan_version": str(SCHEMA_VERSION), "vidbatch.sampling": sampling},
+    )
+
+
+def decode_chunk(data: bytes, key: str) -> pa.Table:
+    """The rows of a chunk file. Raises InfraError: it is not a chunk of a version known here."""
+    table = read(data, as_dictionary=_REPEATED)
+    meta = table.schema.metadata or {}
+    version = meta.get(b"vidbatch.plan_version", b"?").decode()
+    if version != str(SCHEMA_VERSION) or table.column_names != _SCHEMA.names:
+        raise InfraError(
+            f"{key} is a plan of version {version}, this vidbatch knows {SCHEMA_VERSION} — nothing "
+            "was planned — run it with the version that wrote the output",
+            kind="plan_version",
+        )
+    return table.replace_schema_metadata(None)
+
+
+class PlanLog:
+    """All tasks of one sampling rule, in the order of the log. Immutable.
+
+    Args:
+        sampling: fingerprint of the rule.
+        chunks: the rows of chunk 0, 1, … as `decode_chunk` gives them.
+    """
+
+    def __init__(self, sampling: str, chunks: Sequence[pa.Table] = ()) -> None:
+        self.sampling = sampling
+        self._chunks = tuple(chunks)
+        self._rows = pa.concat_tables(chunks) if chunks else _SCHEMA.empty_table()
+        ordinals = self._rows["ordinal"].to_numpy()
+        self._starts: Ints = np.append(np.flatnonzero(ordinals == 0), len(ordinals))
+
+    def __len__(self) -> int:
+        """Tasks, retries included."""
+        return len(self._starts) - 1
+
+    def __repr__(self) -> str:
+        return f"PlanLog({self.sampling[:8]}, chunks={self.num_chunks}, tasks={len(self)})"
+
+    @property
+    def num_chunks(self) -> int:
+        """Chunks read: the number of the next one."""
+        return len(self._chunks)
+
+    @property
+    def num_clips(self) -> int:
+        """Rows of the log: clips, counted again in each retry."""
+        return len(self._rows)
+
+    def extended(self, chunk: pa.Table) -> PlanLog:
+        """This log with one more chunk at its end."""
+        return PlanLog(self.sampling, [*self._chunks, chunk])
+
+    @cached_property
+    def task_ids(self) -> pa.Array:
+        """(tasks,) string, in log order."""
+        return self._per_task("task_id").cast(pa.string())
+
+    @cached_property
+    def costs_s(self) -> Floats:
+        """(tasks,) planned core seconds."""
+        return np.asarray(self._per_task("cost_s"), np.float64)
+
+    @cached_property
+    def generations(self) -> Ints:
+        """(tasks,) 0 for what was planned first."""
+        return np.asarray(self._per_task("generation"), np.int64)
+
+    @property
+    def clip_counts(self) -> Ints:
+        """(tasks,) clips of each task."""
+        return np.diff(self._starts)
+
+    def _per_task(self, column: str) -> pa.Array:
+        return self._rows[column].take(pa.array(self._starts[:-1])).combine_chunks()
+
+    @cached_property
+    def video_ids(self) -> pa.Array:
+        """Distinct video_ids, string, in log order."""
+        return pc.unique(self._rows["video_id"].cast(pa.string()))
+
+    def knows(self, video_ids: Sequence[str] | pa.Array) -> Bools:
+        """(len(video_ids),) whether the log has that video: it is never planned again."""
+        wanted = pa.array(video_ids, pa.string())
+        return np.asarray(pc.is_in(wanted, value_set=self.video_ids), np.bool_)
+
+    def __contains__(self, video_id: str) -> bool:
+        """Whether the log has that video; for many at once, `knows` is faster."""
+        at = int(np.searchsorted(self._sorted_ids, video_id.encode()))
+        return at < len(self._sorted_ids) and bool(self._sorted_ids[at] == video_id.encode())
+
+    @cached_property
+    def _sorted_ids(self) -> npt.NDArray[np.bytes_]:
+        """20 bytes a video, where a set of strings takes 130."""
+        return np.sort(np.asarray(self.video_ids.cast(pa.binary()), "S20"))
+
+    def knows_uri(self, uris: Sequence[str]) -> Bools:
+        """(len(uris),) whether the log has any version of that object."""
+        held = pc.unique(self._rows["uri"].cast(pa.string()))
+        return np.asarray(pc.is_in(pa.array(uris, pa.string()), value_set=held), np.bool_)
+
+    def todo(
+        self, output: str, done: Iterable[str], listed: Sequence[str] | pa.Array | None = None
+    ) -> Ints:
+        """Positions of the tasks that an output still lacks, in log order.
+
+        Args:
+            output: fingerprint; a retry belongs to the one output it names.
+            done: task ids that output has committed (`Ledger.done`).
+            listed: video_ids of the run's listing: tasks without any of them are left out.
+                None takes every task.
+        """
+        if not len(self):
+            return np.zeros(0, np.int64)
+        of = self._per_task("output").cast(pa.string())
+        wanted = pc.or_(pc.is_null(of), pc.fill_null(pc.equal(of, output), False))
+        is_done = pc.is_in(self.task_ids, value_set=pa.array(done, pa.string()))
+        mask = np.asarray(wanted, np.bool_) & ~np.asarray(is_done, np.bool_)
+        if listed is not None:
+            mask &= self._with_video(listed)
+        return np.flatnonzero(mask)
+
+    def open_tasks(
+        self,
+        done: Mapping[str, Collection[str]],
+        listed: Sequence[str] | pa.Array | None = None,
+    ) -> Iterator[tuple[Task, tuple[str, ...]]]:
+        """Tasks with the outputs each still lacks, in log order, one by one.
+
+        Args:
+            done: output fingerprint → its committed task ids, in the order wanted.
+            listed: see `todo`.
+        """
+        lacking = np.zeros((len(done), len(self)), np.bool_)
+        for row, (output, ids) in zip(lacking, done.items(), strict=True):
+            row[self.todo(output, ids, listed)] = True
+        outputs = list(done)
+        for position in np.flatnonzero(lacking.any(axis=0)):
+            yield (
+                self.task(int(position)),
+                tuple(outputs[i] for i in np.flatnonzero(lacking[:, position])),
+            )
+
+    def tasks_of(self, video_ids: Sequence[str] | pa.Array) -> Iterator[Task]:
+        """Every task, of any generation, that has a clip of one of those videos."""
+        return self.tasks(np.flatnonzero(self._with_video(video_ids)))
+
+    def _with_video(self, video_ids: Sequence[str] | pa.Array) -> Bools:
+        """(tasks,) whether a task has a clip of one of those videos."""
+        if not len(self):
+            return np.zeros(0, np.bool_)
+        wanted = pa.array(video_ids, pa.string())
+        hit = pc.is_in(self._rows["video_id"].cast(pa.string()), value_set=wanted).to_numpy()
+        return np.asarray(np.logical_or.reduceat(hit, self._starts[:-1]), np.bool_)
+
+    def task(self, position: int) -> Task:
+        """The task at a position of the log."""
+        first, end = self._starts[position], self._starts[position + 1]
+        return self._task(self._rows.slice(first, end - first).to_pylist())
+
+    def tasks(self, positions: Iterable[int] | None = None) -> Iterator[Task]:
+        """Tasks at some positions (default: all), one by one, never all in memory."""
+        if positions is not None:
+            yield from map(self.task, positions)
+            return
+        position = 0
+        while position < len(self):
+            first = self._starts[position]
+            after = int(np.searchsorted(self._starts, first + _SLICE_ROWS, side="right")) - 1
+            after = max(after, position + 1)
+            rows = self._rows.slice(first, self._starts[after] - first).to_pylist()
+            for p in range(position, after):
+                yield self._task(rows[self._starts[p] - first : self._starts[p + 1] - first])
+            position = after
+
+    def _task(self, rows: Sequence[dict[str, Any]]) -> Task:
+        return Task(
+            clips=tuple(_clip(row) for row in rows),
+            sampling=self.sampling,
+            generation=rows[0]["generation"],
+            output=rows[0]["output"],
+            cost_s=rows[0]["cost_s"],
+        )
+
+    def retried(self, output: str) -> set[tuple[str, int, int]]:
+        """(video_id, first_keyframe, generation) of the clips planned again for an output."""
+        rows = self._rows.select(["video_id", "first_keyframe", "generation", "output"])
+        again = rows.filter(pc.fill_null(pc.equal(rows["output"].cast(pa.string()), output), False))
+        return {
+            (r["video_id"], r["first_keyframe"], r["generation"])
+            for r in again.drop_columns(["output"]).to_pylist()
+        }
+
+    def positions_of(self, task_ids: Sequence[str]) -> Ints:
+        """Positions of those tasks; ids that the log does not have are left out."""
+        found = pc.is_in(self.task_ids, value_set=pa.array(task_ids, pa.string()))
+        return np.flatnonzero(np.asarray(found, np.bool_))
+
+
+def _clip(row: dict[str, Any]) -> Clip:
+    video = Video(**{name: row[name] for name in _VIDEO})
+    return Clip(video=video, **{name: row[name] for name in _CLIP})

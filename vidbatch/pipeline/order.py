@@ -1,0 +1,125 @@
+"""What a task needs and what it leaves: run spec, work order, report, protocols of its parts.
+
+All of it is picklable and free of torch, Ray and secrets, so that it travels to any worker.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from vidbatch.data import (
+    ByteSource,
+    Clip,
+    DecodeEvent,
+    DecodeLimits,
+    Frames,
+    Geometry,
+    Output,
+    Predictions,
+    Sample,
+    Task,
+)
+from vidbatch.errors import ModelError
+from vidbatch.progress import Counts
+from vidbatch.storage import StoreSettings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunSpec:
+    """All that a worker must know of a run: picklable, and free of torch, Ray and secrets."""
+
+    run: str
+    sample: Sample
+    sampling: str
+    """Fingerprint of the sampling rule, 64 hex digits."""
+    sampling_partition: str
+    """The value of `sample=`."""
+    outputs: tuple[Output, ...]
+    """`frames` first, then the models in the order of the job file."""
+    models: tuple[Any, ...]
+    """registry.ModelDef per model, in the same order."""
+    archive_uris: tuple[str, ...]
+    archive_store: StoreSettings
+    output_uri: str
+    output_store: StoreSettings
+    limits: DecodeLimits
+    attempts: int
+    isolate: bool
+    versions: Mapping[str, str]
+
+    def output(self, fingerprint: str) -> Output:
+        """The output of that fingerprint."""
+        return next(o for o in self.outputs if o.fingerprint == fingerprint)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkOrder:
+    """A task, the outputs of it that are to be made, and what happened to it before."""
+
+    task: Task
+    outputs: tuple[str, ...]
+    """Fingerprints."""
+    deaths: Mapping[int, int] = field(default_factory=dict)
+    """Clip position → workers that died at it in this run."""
+    attempt: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskReport:
+    """What a task amounted to; small enough to send a million of them to the driver."""
+
+    task_id: str
+    counts: Counts
+    committed: Mapping[str, str]
+    """Output partition → new, adopted or exists."""
+    failures: tuple[tuple[str, str, str, str], ...]
+    """Up to 20 of (uri, output name, kind, message)."""
+    device: str
+
+
+class ClipDecoder(Protocol):
+    """Decodes in this process or in a child: `sandbox.InProcess`, `sandbox.Sandbox`."""
+
+    def decode(
+        self,
+        source: ByteSource,
+        clip: Clip,
+        *,
+        sample: Sample,
+        geometries: Sequence[Geometry],
+        context: bool,
+        limits: DecodeLimits,
+    ) -> Iterator[DecodeEvent]:
+        """See decode.decode_clip; raises DecoderDied as well."""
+        ...
+
+
+class Predictor(Protocol):
+    """Runs models on chunks: in this process, or an actor pool behind `cluster.predictor`."""
+
+    device: str
+
+    def submit(self, frames: Frames, models: tuple[str, ...]) -> Any:
+        """Takes a chunk for some models; waits while too many bytes are under way."""
+        ...
+
+    def result(self, ticket: Any) -> Mapping[str, Predictions | ModelError]:
+        """Model name → predictions for the chunk's rows, or how that model failed."""
+        ...
+
+
+class Watch(Protocol):
+    """Is told what a task is doing, for progress calls and the watchdog."""
+
+    def at(self, task_id: str, clip: int, stage: str) -> None:
+        """Work on that clip position begins this stage."""
+        ...
+
+
+class NoWatch:
+    """Nobody looks."""
+
+    def at(self, task_id: str, clip: int, stage: str) -> None:
+        """Does nothing."""

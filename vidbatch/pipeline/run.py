@@ -1,0 +1,323 @@
+"""The conductor: one run from the survey to its summary, whatever engine carries it out.
+
+Order of a start: list → diff → only then an engine. Nothing to do: no engine, nothing written.
+Exit codes: 0 finished, 1 infrastructure, 2 usage, 3 (strict) finished with failures, 4 stopped
+above the failure limit, 5 stopped before the end.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from types import FrameType
+from typing import Any
+
+from vidbatch.config import Job
+from vidbatch.data import Video
+from vidbatch.errors import InfraError, VidbatchError
+from vidbatch.pipeline.engine import Engine, LocalEngine, Probed
+from vidbatch.pipeline.order import RunSpec, TaskReport, WorkOrder
+from vidbatch.pipeline.survey import Survey, new_run_id, take_survey
+from vidbatch.progress import Counts, Progress, human_s
+
+FAILURE_LIMIT_AFTER = 50
+"""Outcomes before the failure limit may stop a run."""
+
+EVENTS_EVERY_S, EVENTS_BYTES = 10.0, 2**20
+"""One event object per so much time or size, whichever comes first."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunResult:
+    """How a run ended."""
+
+    run: str | None
+    """Null when there was nothing to do."""
+    exit_code: int
+    summary: Mapping[str, Any]
+
+
+EngineFactory = Callable[[RunSpec, Job, Callable[[str], None]], Engine]
+
+
+def run_job(
+    job: Job,
+    *,
+    progress: Progress | None = None,
+    strict: bool = False,
+    limit: int | None = None,
+    now: datetime | None = None,
+    make_engine: EngineFactory | None = None,
+) -> RunResult:
+    """Runs a job to its end, or finds that it is done.
+
+    Args:
+        limit: take only that many videos (the newest), for a trial.
+        make_engine: the engine on Ray comes in from above (`cluster.driver.RayEngine`); without
+            one, or with `engine.address: none`, everything runs in this process.
+    Raises:
+        UsageError, InfraError: nothing more can be done; the same command goes on later.
+    """
+    progress = progress or Progress(quiet=True)
+    now = now or datetime.now(UTC)
+    started = time.monotonic()
+    survey = take_survey(job, run=new_run_id(now), now=now, limit=limit)
+    for line in survey.describe():
+        progress.note(line)
+    if survey.nothing_to_do:
+        progress.note("nothing to do: every output of every video listed is committed")
+        return RunResult(run=None, exit_code=0, summary={"listing": survey.listing_facts()})
+    survey.check_limits()
+    local = make_engine is None or job.engine.address == "none"
+    if local or make_engine is None:
+        engine: Engine = LocalEngine(survey.spec, length_s=job.clips.length_s)
+    else:
+        engine = make_engine(survey.spec, job, progress.note)
+    return _Conductor(job, survey, engine, progress, started, now).run(strict=strict)
+
+
+class _Conductor:
+    def __init__(
+        self,
+        job: Job,
+        survey: Survey,
+        engine: Engine,
+        progress: Progress,
+        started: float,
+        now: datetime,
+    ) -> None:
+        self.job, self.survey, self.engine, self.progress = job, survey, engine, progress
+        self.started, self.now = started, now
+        self.counts = Counts()
+        self.by_output: dict[str, Counter[str]] = {}
+        self.kinds: Counter[str] = Counter()
+        self.stop_reason: str | None = None
+        self.exit_code = 0
+        self.first_task_s: float | None = None
+        self.first_commit_s: float | None = None
+
+    def run(self, *, strict: bool) -> RunResult:
+        survey, run = self.survey, self.survey.spec.run
+        survey.open_output()
+        events = _Events(survey, run)
+        facts: Mapping[str, Any] = {}
+        try:
+            with self._signals():
+                line = self.engine.start()
+                self.progress.note(f"run {run}: {line}")
+                events.add("started", engine=line)
+                facts = self._drive(events)
+        except InfraError as error:
+            self.exit_code, self.stop_reason = 1, error.message
+            self._finish(events, facts)
+            raise
+        if self.exit_code == 0 and self.stop_reason is not None:
+            self.exit_code = 5
+        if self.exit_code == 0 and strict and (self.counts.failed or self.counts.partial):
+            self.exit_code = 3
+        summary = self._finish(events, facts)
+        return RunResult(run=run, exit_code=self.exit_code, summary=summary)
+
+    def _drive(self, events: _Events) -> Mapping[str, Any]:
+        supply = _Supply(self.survey, self.engine, self.progress)
+        try:
+            for report in self.engine.run(supply):
+                self._take(report, supply, events)
+                events.flush()
+        finally:
+            supply.close()
+            facts = self.engine.stop()
+        if not supply.finished and self.stop_reason is None:
+            self.stop_reason = "stopped"
+        return facts
+
+    def _take(self, report: TaskReport, supply: _Supply, events: _Events) -> None:
+        elapsed = time.monotonic() - self.started
+        if self.first_commit_s is None:
+            self.first_commit_s = elapsed
+            self.first_task_s = elapsed - report.counts.stage_s.get("task", 0.0)
+        self.counts = self.counts + report.counts
+        self.progress.add(report.counts, supply.cost_of(report.task_id))
+        for _, _, kind, _ in report.failures:
+            self.kinds[kind] += 1
+        for partition, status in report.committed.items():
+            self.by_output.setdefault(partition, Counter())[status] += 1
+        events.add(
+            "task",
+            task=report.task_id,
+            committed=dict(report.committed),
+            counts=report.counts.as_dict(),
+            failures=[list(f) for f in report.failures],
+        )
+        self._check_limits()
+
+    def _check_limits(self) -> None:
+        c, limits = self.counts, self.job.limits
+        outcomes = c.ok + c.partial + c.failed
+        share = c.failed_outside / outcomes if outcomes else 0.0
+        if (
+            self.stop_reason is None
+            and outcomes >= FAILURE_LIMIT_AFTER
+            and (share > limits.max_failed_share)
+        ):
+            self.exit_code = 4
+            self._halt(
+                f"{share:.0%} of {outcomes} outcomes failed for causes outside the files "
+                f"(limits.max_failed_share {limits.max_failed_share:.0%})"
+            )
+        if limits.stop_after is not None and time.monotonic() - self.started > limits.stop_after:
+            self._halt(f"limits.stop_after {human_s(limits.stop_after)} is over")
+
+    def _halt(self, reason: str) -> None:
+        if self.stop_reason is None:
+            self.stop_reason = reason
+            self.progress.note(f"stopping: {reason}; the same command goes on from here")
+            self.engine.halt()
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGTERM and the first SIGINT stop handing out; a second SIGINT ends at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def stop(signum: int, _: FrameType | None) -> None:
+            if signum == signal.SIGINT:
+                signal.signal(signal.SIGINT, before[signal.SIGINT])
+            self._halt(f"received {signal.Signals(signum).name}")
+
+        before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+        for s in before:
+            signal.signal(s, stop)
+        try:
+            yield
+        finally:
+            for s, handler in before.items():
+                signal.signal(s, handler)
+
+    def _finish(self, events: _Events, facts: Mapping[str, Any]) -> dict[str, Any]:
+        """Writes the last events, the summary and the row of `runs`, if the store lets it."""
+        elapsed = time.monotonic() - self.started
+        c, prices = self.counts, self.job.cost
+        cpu_h = sum(v for k, v in c.stage_s.items() if k == "task") / 3600
+        summary: dict[str, Any] = {
+            "run": self.survey.spec.run,
+            "started_at": self.now.isoformat(),
+            "elapsed_s": round(elapsed, 3),
+            "exit_code": self.exit_code,
+            "stopped": self.stop_reason,
+            "listing": self.survey.listing_facts(),
+            "counts": c.as_dict(),
+            "frames_per_s": round(c.frames / elapsed, 2) if elapsed else 0.0,
+            "video_hours": round(c.video_s / 3600, 6),
+            "first_task_s": self.first_task_s and round(self.first_task_s, 3),
+            "first_commit_s": self.first_commit_s and round(self.first_commit_s, 3),
+            "outputs": {k: dict(v) for k, v in self.by_output.items()},
+            "failures_by_kind": dict(self.kinds),
+            "not_planned": self.survey.not_planned,
+            "engine": dict(facts),
+            "cost": {
+                "cpu": round(cpu_h * prices.cpu_hour, 6),
+                "requests": round(
+                    c.gets / 1000 * prices.get_1000 + c.puts / 1000 * prices.put_1000, 6
+                ),
+            },
+            "versions": dict(self.survey.spec.versions),
+        }
+        try:
+            events.add("finished", exit_code=self.exit_code, stopped=self.stop_reason)
+            events.flush(force=True)
+            self.survey.close_run(summary)
+        except VidbatchError as error:
+            self.progress.note(f"the run's summary could not be written: {error.message}")
+            if self.exit_code == 0:
+                raise
+        return summary
+
+
+class _Supply:
+    """Orders of the plan log first, then of new videos; large ones are probed chunk by chunk
+    in a background thread while the first tasks run."""
+
+    def __init__(self, survey: Survey, engine: Engine, progress: Progress) -> None:
+        self._survey, self._engine, self._progress = survey, engine, progress
+        self._ready: deque[WorkOrder] = deque()
+        self._costs: dict[str, float] = {}
+        self._large = deque(survey.large)
+        self._background = ThreadPoolExecutor(1, "probe") if engine.width > 1 else None
+        self._probing: Future[list[Probed]] | None = None
+        self._put(survey.open_orders())
+        self._put(survey.plan_small(first=2 * engine.width))
+
+    def take(self) -> WorkOrder | None:
+        """The next order; None while a chunk is still being probed."""
+        self._probe(wait=False)
+        if self._background is None:
+            while not self._ready and not self.finished:
+                self._probe(wait=True)
+        return self._ready.popleft() if self._ready else None
+
+    @property
+    def finished(self) -> bool:
+        """Nothing ready, nothing left to probe."""
+        return not self._ready and not self._large and self._probing is None
+
+    def cost_of(self, task_id: str) -> float:
+        """Planned seconds of a task handed out; forgets it."""
+        return self._costs.pop(task_id, 0.0)
+
+    def close(self) -> None:
+        """Ends the probing thread."""
+        if self._background is not None:
+            self._background.shutdown(wait=True, cancel_futures=True)
+
+    def _put(self, orders: list[WorkOrder]) -> None:
+        self._ready.extend(orders)
+        self._costs.update((o.task.task_id, o.task.cost_s) for o in orders)
+        if orders:
+            self._progress.expect(len(orders), sum(o.task.cost_s for o in orders))
+
+    def _probe(self, *, wait: bool) -> None:
+        if self._probing is not None and (wait or self._probing.done()):
+            probed, self._probing = self._probing.result(), None
+            self._put(self._survey.plan_probed(probed, first=2 * self._engine.width))
+        if self._probing is None and self._large:
+            chunk: list[Video] = []
+            while self._large and len(chunk) < 4 * self._engine.width:
+                chunk.append(self._large.popleft())
+            if self._background is not None:
+                self._probing = self._background.submit(self._engine.probe, chunk)
+            else:
+                probed = self._engine.probe(chunk)
+                self._put(self._survey.plan_probed(probed, first=2))
+
+
+class _Events:
+    """JSON lines of the driver, written as whole objects."""
+
+    def __init__(self, survey: Survey, run: str) -> None:
+        self._survey, self._run = survey, run
+        self._lines: list[str] = []
+        self._bytes = 0
+        self._n = 0
+        self._since = time.monotonic()
+
+    def add(self, event: str, **facts: Any) -> None:
+        line = json.dumps({"t": datetime.now(UTC).isoformat(), "event": event, **facts})
+        self._lines.append(line)
+        self._bytes += len(line)
+
+    def flush(self, *, force: bool = False) -> None:
+        due = time.monotonic() - self._since > EVENTS_EVERY_S or self._bytes > EVENTS_BYTES
+        if self._lines and (force or due):
+            self._survey.ledger.write_event(self._run, "driver", self._n, self._lines)
+            self._n += 1
+            self._lines, self._bytes, self._since = [], 0, time.monotonic()

@@ -1,0 +1,165 @@
+"""Reports as tables for the terminal; cells are plain text, so that `[…]` in a message stays."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from vidbatch.progress import human_bytes, human_s
+from vidbatch.report.runs import ENDS, Status, counts_of
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def status_table(found: Status) -> Table:
+    """`status` in a few lines."""
+    table = _table(found["output"], "", "")
+    last = found["last"]
+    if last is None:
+        _add(table, "runs", "none: nothing has been written here yet")
+        return table
+    counts, elapsed_s = last["counts"], last["elapsed_s"]
+    _add(table, "runs", f"{len(found['runs'])}, last {last['run']}")
+    ended = f" after {human_s(elapsed_s)}" + (f": {last['stopped']}" if last["stopped"] else "")
+    silent = "; killed? the same command goes on from here" if last["state"] == "silent" else ""
+    _add(table, "state", last["state"] + ended + silent)
+    _add(table, "speed", f"{last['frames_per_s']:g} frames/s, {_realtime(counts, elapsed_s)}")
+    _add_counts(table, counts, last["failures_by_kind"])
+    for output in found["outputs"]:
+        left = output["planned"] - output["committed"]
+        text = f"{output['committed']} of {output['planned']} tasks committed"
+        if not output["in_last_run"]:
+            text += ", not touched by the last run"
+        _add(
+            table,
+            f"{output['model']} ({output['sample']})",
+            text + (f", {left} open" if left else ""),
+        )
+    return table
+
+
+def summary_table(summary: Mapping[str, Any]) -> Table:
+    """The summary of a run."""
+    counts, elapsed_s = summary["counts"], summary["elapsed_s"]
+    table = _table(f"run {summary['run']}", "", "")
+    state = ENDS.get(summary["exit_code"], f"exit code {summary['exit_code']}")
+    why = f": {summary['stopped']}" if summary.get("stopped") else ""
+    _add(table, "state", f"{state} after {human_s(elapsed_s)}{why}")
+    _add(table, "speed", f"{summary['frames_per_s']:g} frames/s, {_realtime(counts, elapsed_s)}")
+    _add_counts(table, counts, summary["failures_by_kind"])
+    for model, how in summary["outputs"].items():
+        _add(table, model, ", ".join(f"{n} tasks {what}" for what, n in how.items()))
+    for uri, why in summary.get("not_planned", {}).items():
+        _add(table, "not planned", f"{uri}: {why}")
+    for uri, seconds in summary.get("slowest", ()):
+        _add(table, "slow", f"{uri}: {human_s(seconds)}")
+    for key, value in summary.get("engine", {}).items():
+        text = value if isinstance(value, str) else json.dumps(value, default=str)
+        _add(table, str(key), text)
+    return table
+
+
+def _add_counts(table: Table, counts: Mapping[str, Any], kinds: Mapping[str, int]) -> None:
+    c = counts_of(counts)
+    _add(table, "work", f"{c.tasks} tasks, {c.clips} clips, {c.videos} videos, {c.frames} frames")
+    outcomes = f"{c.ok} ok, {c.partial} partial, {c.failed} failed (clips × outputs)"
+    _add(table, "outcomes", outcomes + (f", {c.fallbacks} fallbacks" if c.fallbacks else ""))
+    if kinds:
+        _add(table, "failures", ", ".join(f"{n} {kind}" for kind, n in _falling(kinds)))
+    _add(table, "read", f"{human_bytes(c.bytes_read)} in {c.gets} GETs")
+    _add(table, "written", f"{human_bytes(c.bytes_written)} in {c.puts} PUTs")
+    stages = {k: v for k, v in c.stage_s.items() if k != "task"}
+    total_s = sum(stages.values())
+    if total_s:
+        shares = (f"{k} {human_s(v)} ({v / total_s:.0%})" for k, v in _falling(stages))
+        _add(table, "stages", ", ".join(shares))
+
+
+def _falling(values: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
+    return sorted(values.items(), key=lambda item: (-item[1], item[0]))
+
+
+def _realtime(counts: Mapping[str, Any], elapsed_s: float) -> str:
+    video_s = counts.get("video_s", 0.0)
+    times = f", {video_s / elapsed_s:.0f} x real time" if elapsed_s else ""
+    return f"{human_s(video_s)} of video{times}"
+
+
+def failures_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """`failures` with a line per clip and cause; outputs that share it stand together."""
+    table = _table("", "video", "clip", "outputs", "what happened", "what to do")
+    groups: dict[tuple[Any, ...], list[str]] = {}
+    for r in rows:
+        key = (r["uri"], r["start_s"], r["end_s"], r["status"], r["kind"], r["message"],
+               r["advice"], r["run"])  # fmt: skip
+        groups.setdefault(key, []).append(r["model"])
+    for (uri, start_s, end_s, how, kind, message, advice, _), models in groups.items():
+        clip = f"{start_s:.0f}–{end_s:.0f} s" if end_s > start_s else ""
+        _add(table, uri, clip, ", ".join(models), f"{how}, {kind}: {message}", advice or "")
+    table.caption = f"{len(groups)} clips" if groups else "nothing failed"
+    return table
+
+
+def models_table(found: Mapping[str, Any]) -> Table:
+    """`known_models` for the terminal."""
+    table = _table("", "model", "what it is")
+    for name in found["builtin"]:
+        _add(table, name, f"built in: `builtin: {name}`")
+    for name, extra in found["adapters"].items():
+        _add(table, name, "adapter" + (f", needs vidbatch[{extra}]" if extra else ""))
+    for row in found["output"]:
+        _add(
+            table,
+            row["model"],
+            f"{row['videos']} videos, {row['frames']} frames, current for "
+            f"{row['videos_current']}, first in run {row['first_run']}",
+        )
+    return table
+
+
+def verify_table(found: Mapping[str, Any]) -> Table:
+    """`verify_output` for the terminal."""
+    table = _table("", "", "")
+    _add(table, "files", f"{found['files']} part files")
+    for o in found["outputs"]:
+        _add(
+            table,
+            f"{o['model']} ({o['sample']})",
+            f"{o['planned']} clips planned = {o['ok']} ok + {o['partial']} partial + "
+            f"{o['failed']} failed + {o['pending']} pending",
+        )
+    for name in found["uncommitted"]:
+        _add(table, "not committed yet", name)
+    for problem in found["problems"]:
+        _add(table, "PROBLEM", problem)
+    table.caption = f"{len(found['problems'])} problems" if found["problems"] else "all proved"
+    return table
+
+
+def sweep_table(found: Mapping[str, Any]) -> Table:
+    """`sweep_output` for the terminal."""
+    table = _table("", "", "")
+    for name in found["removed"]:
+        _add(table, "removed", name)
+    for name in found["uncommitted"]:
+        _add(table, "not committed yet", name)
+    table.caption = f"{len(found['removed'])} temporary files removed"
+    return table
+
+
+def _add(table: Table, *cells: str) -> None:
+    """A row of plain text: rich would take `[…]` in a message for markup."""
+    from rich.text import Text
+
+    table.add_row(*map(Text, cells))
+
+
+def _table(title: str, *columns: str) -> Table:
+    from rich.table import Table
+
+    table = Table(title=title or None, show_header=any(columns), title_justify="left")
+    for name in columns:
+        table.add_column(name, overflow="fold")
+    return table

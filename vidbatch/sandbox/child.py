@@ -1,0 +1,210 @@
+"""The child's side: takes jobs off its socket and runs them, locked in, with nothing but bytes.
+
+Started as `python -I -S -c …` with an empty environment; all it knows comes on its command line
+(no secrets: numbers and import paths) and over the socket.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib
+import json
+import mmap
+import os
+import pkgutil
+import signal
+import socket
+import sys
+import traceback
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import av
+import numpy as np
+
+from vidbatch.data import Clip, DecodeLimits, Frames, Geometry, Pixels, Sample, VideoInfo
+from vidbatch.errors import MediaError, StoreError
+from vidbatch.sandbox import confine, wire
+
+BLOCK_BYTES = 2**20
+"""Small reads are served from blocks of this size: FFmpeg asks for 32 KiB, a trip is 50 µs."""
+BLOCKS = 8
+
+
+class AbandonedError(StoreError):
+    """The parent wants no more of this job; a StoreError because decoders let those pass."""
+
+
+class ParentSource:
+    """The ByteSource of a job: whatever it gives, the parent has read."""
+
+    def __init__(self, sock: socket.socket, size_bytes: int, free: deque[int]) -> None:
+        self.size_bytes = size_bytes
+        self._sock = sock
+        self._free = free
+        self._blocks: OrderedDict[int, bytes] = OrderedDict()
+        self._abandoned = False
+
+    def read_at(self, offset: int, length: int) -> bytes:
+        """Exactly the bytes [offset, min(offset+length, size)). Raises AbandonedError."""
+        end = min(offset + length, self.size_bytes)
+        if offset >= end:
+            return b""
+        parts = []
+        while offset < end:
+            if end - offset >= BLOCK_BYTES:
+                part = self._ask(offset, min(end - offset, wire.MAX_READ_BYTES))
+            else:
+                start = offset // BLOCK_BYTES * BLOCK_BYTES
+                part = self._block(start)[offset - start : end - start]
+            parts.append(part)
+            offset += len(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def take_slot(self) -> int:
+        """The number of a slot that nobody reads; waits for one. Raises AbandonedError."""
+        while not self._free:
+            self._wait("free")
+        return self._free.popleft()
+
+    def _block(self, start: int) -> bytes:
+        block = self._blocks.pop(start, None)
+        if block is None:
+            block = self._ask(start, min(BLOCK_BYTES, self.size_bytes - start))
+        self._blocks[start] = block
+        if len(self._blocks) > BLOCKS:
+            self._blocks.popitem(last=False)
+        return block
+
+    def _ask(self, offset: int, length: int) -> bytes:
+        if self._abandoned:
+            raise AbandonedError("the job was abandoned")
+        wire.send(self._sock, {"op": "read", "offset": offset, "length": length})
+        data = self._wait("bytes")
+        if len(data) != length:
+            raise RuntimeError(f"{len(data)} bytes for a read of {length}")
+        return data
+
+    def _wait(self, wanted: str) -> bytes:
+        while not self._abandoned:
+            header, payload = wire.receive(self._sock, wire.MAX_READ_BYTES)
+            if header["op"] == "free":
+                self._free.append(header["slot"])
+            elif header["op"] == "abandon":
+                self._abandoned = True
+                break
+            if header["op"] == wanted:
+                return payload
+        raise AbandonedError("the job was abandoned")
+
+
+class Child:
+    """The loop over jobs. `window` is the memory shared with the parent, mapped once."""
+
+    def __init__(self, sock: socket.socket, window: Pixels, decode: Any, probe: Any) -> None:
+        self._sock = sock
+        self._window = window
+        self._decode = decode
+        self._probe = probe
+
+    def serve(self) -> None:
+        """Runs jobs until the parent closes the socket (EOFError)."""
+        wire.send(self._sock, {"op": "ready"})
+        jobs: dict[str, Callable[[wire.Header], None]] = {
+            "decode": self._run_decode,
+            "probe": self._run_probe,
+        }
+        while True:
+            header, _ = wire.receive(self._sock, 0)
+            if header["op"] in jobs:  # a late free or abandon belongs to a job that is over
+                wire.send(self._sock, self._outcome(jobs[header["op"]], header))
+
+    def _outcome(self, run: Callable[[wire.Header], None], header: wire.Header) -> wire.Header:
+        try:
+            run(header)
+        except AbandonedError:
+            return {"op": "abandoned"}
+        except MediaError as error:
+            words = {"message": error.message, "kind": error.kind, "advice": error.advice}
+            return {"op": "error"} | {name: text[:1500] for name, text in words.items()}
+        except MemoryError:
+            return {"op": "oom"}
+        except EOFError:
+            raise
+        except Exception as error:
+            at = traceback.extract_tb(error.__traceback__)[-1]
+            place = f"{at.filename.rpartition('/')[2]}:{at.lineno}"
+            return {"op": "bug", "what": f"{type(error).__name__} at {place}: {error}"[:500]}
+        return {"op": "done"}
+
+    def _run_decode(self, job: wire.Header) -> None:
+        geometries = tuple(wire.unpack_list(Geometry, job["geometries"]))
+        free = deque(job["slots"])
+        source = ParentSource(self._sock, job["size_bytes"], free)
+        events = self._decode.decode_clip(
+            source,
+            wire.unpack(Clip, job["clip"]),
+            sample=wire.unpack(Sample, job["sample"]),
+            geometries=geometries,
+            context=job["context"],
+            limits=wire.unpack(DecodeLimits, job["limits"]),
+        )
+        for event in events:
+            if isinstance(event, Frames):
+                self._send_frames(event, source.take_slot(), job["slot_bytes"], geometries)
+            else:
+                op = "info" if isinstance(event, VideoInfo) else "end"
+                wire.send(self._sock, {"op": op, "value": wire.pack(event)})
+
+    def _send_frames(
+        self, frames: Frames, slot: int, slot_bytes: int, geometries: tuple[Geometry, ...]
+    ) -> None:
+        n = len(frames)
+        room = self._window[slot * slot_bytes : (slot + 1) * slot_bytes]
+        for key, view in wire.pixel_views(room, geometries, n):
+            np.copyto(view, frames.pixels[key], casting="no")
+        head = {"op": "frames", "slot": slot, "n": n, "context": frames.context}
+        wire.send(self._sock, head, wire.pack_columns(frames))
+
+    def _run_probe(self, job: wire.Header) -> None:
+        source = ParentSource(self._sock, job["size_bytes"], deque())
+        info, table = self._probe.probe(source, limits=wire.unpack(DecodeLimits, job["limits"]))
+        ranges = self._probe.clip_ranges(info, table, job["length_s"])
+        wire.send(self._sock, {"op": "info", "value": wire.pack(info)})
+        for first in range(0, len(ranges), wire.RANGES_PER_MESSAGE):
+            some = ranges[first : first + wire.RANGES_PER_MESSAGE]
+            wire.send(self._sock, {"op": "ranges", "value": wire.pack(list(some))})
+
+
+def _map(fd: int, size_bytes: int) -> Pixels:
+    """Shared memory as an array, beyond what the file holds now: the parent will make it grow.
+
+    Not by `mmap.mmap`, which refuses that and keeps a duplicate of the descriptor.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    size, nowhere, start = ctypes.c_size_t(size_bytes), ctypes.c_void_p(), ctypes.c_long(0)
+    address = libc.mmap(nowhere, size, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED, fd, start)
+    if address == ctypes.c_void_p(-1).value:
+        raise OSError(ctypes.get_errno(), "mmap of the shared memory")
+    return np.ctypeslib.as_array((ctypes.c_uint8 * size_bytes).from_address(address))
+
+
+def main() -> NoReturn:
+    """Entry of the child process; ends only by exit or signal."""
+    numbers, modules = json.loads(sys.argv[2]), json.loads(sys.argv[3])
+    confine.die_with(numbers["parent_pid"])
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    decode, probe = (importlib.import_module(name) for name in modules)
+    for module in pkgutil.walk_packages(av.__path__, "av."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)  # PyAV imports lazily; locked in it could not
+    window = _map(numbers["memory_fd"], numbers["window_bytes"])
+    os.close(numbers["memory_fd"])  # no descriptor left to resize the parent's view with
+    sock = socket.socket(fileno=numbers["socket_fd"])
+    confine.lock(numbers["memory_bytes"])
+    with contextlib.suppress(EOFError, ConnectionError):
+        Child(sock, window, decode, probe).serve()
+    os._exit(0)  # the parent has closed, or is gone: nothing to clean up, nobody to tell

@@ -1,0 +1,339 @@
+"""S3 and what speaks its protocol, through s3fs: one request per call, retried and counted here.
+
+Neither s3fs nor botocore repeats a request (each would multiply the other's patience): `persist`
+does. (aiohttp sends once more by itself when a connection is reset.) Errors are told apart by the answer's status and code, never by errno: s3fs maps 43 codes to
+EINVAL, and not every server fills in the message of a 412.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from datetime import datetime
+from functools import partial
+from typing import Any
+
+from vidbatch.errors import (
+    ExistsInStore,
+    ForbiddenByStore,
+    NotFoundInStore,
+    StoreError,
+    UsageError,
+    VidbatchError,
+)
+from vidbatch.storage.base import Entry, Store, StoreSettings, changed, check_put, persist, utc
+
+CONNECT_TIMEOUT_S = 10
+READ_TIMEOUT_S = 60
+"""Without an answer or a further byte for so long the request is sent again."""
+CONNECTIONS = 64
+"""Of one process to one store; several decoders' read-ahead share them."""
+PAGE_KEYS = 1000
+
+_RIGHTS = "check the credentials in the environment and the rights of their user"
+_CODES: dict[str, tuple[type[StoreError], str, str, str]] = {
+    "NoSuchBucket": (NotFoundInStore, "no_bucket", "there is no such bucket",
+                     "check its name and the endpoint_url"),
+    "InvalidBucketName": (NotFoundInStore, "no_bucket", "this is no name of a bucket",
+                          "check its name"),
+    "InvalidAccessKeyId": (ForbiddenByStore, "wrong_key", "the store does not know this access key",
+                           "check AWS_ACCESS_KEY_ID, the profile and the endpoint_url"),
+    "SignatureDoesNotMatch": (ForbiddenByStore, "wrong_secret",
+                              "the secret key does not belong to the access key",
+                              "check AWS_SECRET_ACCESS_KEY or the profile"),
+    "ExpiredToken": (ForbiddenByStore, "expired", "the credentials have expired",
+                     "renew them and submit the same command"),
+    "RequestTimeTooSkewed": (ForbiddenByStore, "clock_skew",
+                             "this machine's clock differs from the store's", "set the clock"),
+    "InvalidObjectState": (StoreError, "archived_object",
+                           "the object lies in an archive tier and cannot be read at once",
+                           "restore it first"),
+    "PermanentRedirect": (StoreError, "wrong_region", "the bucket lies in another region",
+                          "set store.region"),
+    "AuthorizationHeaderMalformed": (StoreError, "wrong_region",
+                                     "the bucket lies in another region", "set store.region"),
+    "NotImplemented": (StoreError, "not_supported", "the store cannot do this",
+                       "use a store with conditional PUT"),
+}  # fmt: skip
+_TRANSIENT_CODES = {
+    "BadDigest": "reset",
+    "IncompleteBody": "reset",
+    "XAmzContentSHA256Mismatch": "reset",
+    "RequestTimeout": "timeout",
+    "SlowDown": "busy",
+}
+_TRANSIENT_STATUS = {409: "conflict", 429: "busy", 503: "busy"}
+
+
+class S3Store(Store):
+    """Objects under `s3://bucket/prefix`."""
+
+    def __init__(self, bucket: str, prefix: str, settings: StoreSettings) -> None:
+        self.bucket, self.settings = bucket, settings
+        self.uri = f"s3://{bucket}/{prefix}".rstrip("/")
+        self._root = f"{prefix}/" if prefix else ""
+
+    def list(self, prefix: str = "") -> Iterator[Entry]:
+        """See `Store.list`."""
+        more: dict[str, str] = {}
+        while True:
+            page = self._call(
+                "list_objects_v2", prefix, Prefix=self._root + prefix, MaxKeys=PAGE_KEYS, **more
+            )
+            for item in page.get("Contents", ()):
+                yield _entry(
+                    item["Key"][len(self._root) :], item["Size"], item["ETag"], item["LastModified"]
+                )
+            if not page.get("IsTruncated"):
+                return
+            token = page.get("NextContinuationToken")
+            if not token or token == more.get("ContinuationToken"):
+                raise StoreError(
+                    f"{self.uri_of(prefix)}: the store says that there is more to list, but not"
+                    " where to go on",
+                    kind="bad_answer",
+                )
+            more = {"ContinuationToken": token}
+
+    def get(self, key: str) -> bytes:
+        """See `Store.get`."""
+        return persist(lambda: self._read(self._once("get_object", key, Key=self._root + key), key))
+
+    def head(self, key: str) -> Entry | None:
+        """See `Store.head`."""
+        try:
+            said = self._call("head_object", key, Key=self._root + key)
+        except NotFoundInStore as error:
+            if error.kind != "not_found":
+                raise
+            return None
+        return _entry(key, said["ContentLength"], said["ETag"], said["LastModified"])
+
+    def metadata(self, key: str) -> dict[str, str]:
+        """See `Store.metadata`."""
+        return dict(self._call("head_object", key, Key=self._root + key).get("Metadata", {}))
+
+    def read_at(self, key: str, offset: int, length: int, *, version: str | None = None) -> bytes:
+        """See `Store.read_at`."""
+        return persist(partial(self._read_at, key, offset, length, version))
+
+    def _read_at(self, key: str, offset: int, length: int, version: str | None) -> bytes:
+        if length <= 0:
+            return b""
+        match = {"IfMatch": f'"{version}"'} if version else {}
+        wanted = f"bytes={offset}-{offset + length - 1}"
+        try:
+            said = self._once("get_object", key, Key=self._root + key, Range=wanted, **match)
+        except StoreError as error:
+            if error.kind == "past_the_end":
+                return b""
+            raise
+        # a proxy or server that does not know the conditions sends whatever it has
+        if version and said["ETag"].strip('"') != version:
+            self._drop(said)
+            raise changed(self.uri_of(key))
+        first, _, total = said.get("ContentRange", "").removeprefix("bytes ").partition("/")
+        whole = not total and offset == 0 and said["ContentLength"] <= length
+        if not whole and first.partition("-")[0] != str(offset):
+            self._drop(said)
+            raise StoreError(
+                f"{self.uri_of(key)}: the store ignores Range, so each piece read would cost the"
+                " whole object; it is not read — use a store or a proxy that honours Range",
+                kind="no_range",
+            )
+        data = self._read(said, key)
+        expected = len(data) if whole or total == "*" else min(length, int(total) - offset)
+        if len(data) != expected:
+            raise self._short(key, len(data), expected)
+        return data
+
+    def put_new(self, key: str, data: bytes, metadata: Mapping[str, str] = {}) -> None:
+        """See `Store.put_new`: one PUT with `If-None-Match: *`, also for zero bytes."""
+        check_put(self.uri_of(key), data, metadata)
+        md5 = base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()
+        try:
+            self._call(
+                "put_object", key, Key=self._root + key, Body=data, IfNoneMatch="*",
+                ContentMD5=md5, Metadata=dict(metadata),
+            )  # fmt: skip
+        except StoreError as error:
+            if error.kind != "source_changed":
+                raise
+            raise ExistsInStore(
+                f"{self.uri_of(key)} exists: another attempt was first", kind="exists"
+            ) from error
+
+    def remove(self, key: str) -> None:
+        """See `Store.remove`."""
+        self._call("delete_object", key, Key=self._root + key)
+
+    def _call(self, operation: str, key: str, **parameters: Any) -> dict[str, Any]:
+        return persist(lambda: self._once(operation, key, **parameters))
+
+    def _once(self, operation: str, key: str, **parameters: Any) -> dict[str, Any]:
+        try:
+            answer: dict[str, Any] = _connect(self.settings).call_s3(
+                operation, Bucket=self.bucket, **parameters
+            )
+        except _failures() as error:
+            raise _translate(error, self.uri_of(key)) from error
+        return answer
+
+    def _read(self, answer: dict[str, Any], key: str) -> bytes:
+        """The body of an answer, complete."""
+        from fsspec.asyn import sync
+
+        try:
+            data: bytes = sync(_connect(self.settings).loop, answer["Body"].read)
+        except _failures() as error:
+            raise _translate(error, self.uri_of(key)) from error
+        finally:
+            self._drop(answer)
+        if len(data) != answer["ContentLength"]:
+            raise self._short(key, len(data), answer["ContentLength"])
+        return data
+
+    def _drop(self, answer: dict[str, Any]) -> None:
+        from fsspec.asyn import sync
+
+        sync(_connect(self.settings).loop, answer["Body"].aclose)
+
+    def _short(self, key: str, got: int, expected: int) -> StoreError:
+        return StoreError(
+            f"{self.uri_of(key)}: the store sent {got} of {expected} bytes", kind="short_body"
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return S3Store, (self.bucket, self._root.rstrip("/"), self.settings)
+
+
+_connections: dict[Any, Any] = {}
+_connecting = threading.Lock()
+
+
+def _connect(settings: StoreSettings) -> Any:
+    """The S3FileSystem of these settings and of the environment's credentials, made once."""
+    chain = tuple(sorted(i for i in os.environ.items() if i[0].startswith("AWS_")))
+    with _connecting:
+        key = (os.getpid(), settings, chain)
+        if key not in _connections:
+            _connections[key] = _new_connection(settings)
+        return _connections[key]
+
+
+def _new_connection(settings: StoreSettings) -> Any:
+    import s3fs
+
+    fs = s3fs.S3FileSystem(
+        endpoint_url=settings.endpoint_url,
+        requester_pays=settings.requester_pays,
+        client_kwargs={"region_name": settings.region} if settings.region else {},
+        config_kwargs={
+            "connect_timeout": CONNECT_TIMEOUT_S,
+            "read_timeout": READ_TIMEOUT_S,
+            "max_pool_connections": CONNECTIONS,
+            "retries": {"mode": "standard", "total_max_attempts": 1},
+            # Content-MD5 guards what we put; older servers answer 411 to trailing checksums
+            "request_checksum_calculation": "when_required",
+            "response_checksum_validation": "when_required",
+        },
+        use_listings_cache=False,
+        skip_instance_cache=True,
+        **({"profile": settings.profile} if settings.profile else {}),
+    )
+    fs.retries = 1
+    return fs
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    """What a request may raise: s3fs gives OSError for answers, the layers below their own."""
+    from aiohttp import ClientError
+    from botocore.exceptions import BotoCoreError  # type: ignore[import-untyped]
+    from botocore.parsers import ResponseParserError  # type: ignore[import-untyped]
+
+    return OSError, BotoCoreError, ResponseParserError, ClientError, ValueError
+
+
+def _entry(key: str, size_bytes: int, etag: str, modified_at: datetime) -> Entry:
+    mtime_ns = int(modified_at.timestamp()) * 10**9  # a HEAD says whole seconds, some LISTs more
+    return Entry(
+        key=key,
+        size_bytes=size_bytes,
+        etag=etag.strip('"'),
+        modified_at=utc(mtime_ns),
+        mtime_ns=mtime_ns,
+    )
+
+
+def _translate(error: Exception, uri: str) -> VidbatchError:
+    """What went wrong, as a class of errors.py whose kind says whether to try again."""
+    answer = getattr(error.__cause__, "response", None)
+    if answer:
+        code = str(answer.get("Error", {}).get("Code", ""))
+        status = int(answer.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+        return _translate_answer(code, status, uri)
+    return _translate_failure(error, uri)
+
+
+def _translate_answer(code: str, status: int, uri: str) -> VidbatchError:
+    if code in _CODES:
+        cls, kind, what, advice = _CODES[code]
+        return cls(f"{uri}: {what} ({code}) — {advice}", kind=kind, advice=advice)
+    if status == 412:
+        return changed(uri)
+    if status == 416:
+        return StoreError(f"{uri}: nothing lies past its end", kind="past_the_end")
+    if status == 404:
+        return NotFoundInStore(f"{uri} is not there", kind="not_found")
+    if status in (401, 403):
+        return ForbiddenByStore(
+            f"{uri}: the store refuses access ({code}) — {_RIGHTS}",
+            kind="access_denied",
+            advice=_RIGHTS,
+        )
+    if status in (301, 307):
+        return _translate_answer("PermanentRedirect", 0, uri)
+    other = "server_error" if status >= 500 else "refused"
+    kind = _TRANSIENT_CODES.get(code) or _TRANSIENT_STATUS.get(status) or other
+    return StoreError(f"{uri}: the store answered {status} {code}", kind=kind)
+
+
+def _translate_failure(error: Exception, uri: str) -> VidbatchError:
+    from botocore import exceptions as boto  # type: ignore[import-untyped]
+
+    why = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(
+        error,
+        boto.NoCredentialsError
+        | boto.PartialCredentialsError
+        | boto.CredentialRetrievalError
+        | boto.ProfileNotFound
+        | boto.TokenRetrievalError
+        | boto.SSOError,
+    ):
+        advice = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile, or a role of the pod"
+        return ForbiddenByStore(
+            f"{uri}: no credentials ({why}) — {advice}", kind="no_credentials", advice=advice
+        )
+    if isinstance(error, boto.SSLError):
+        advice = "name the store's CA in AWS_CA_BUNDLE"
+        return StoreError(
+            f"{uri}: the store's certificate is not trusted ({why}) — {advice}",
+            kind="tls",
+            advice=advice,
+        )
+    if isinstance(error, boto.ConnectTimeoutError | boto.ReadTimeoutError | TimeoutError):
+        return StoreError(f"{uri}: the store did not answer in time", kind="timeout")
+    if isinstance(error, boto.EndpointConnectionError | boto.ProxyConnectionError):
+        advice = "check the endpoint_url and that the store is up"
+        return StoreError(
+            f"{uri}: the store cannot be reached ({why}) — {advice}",
+            kind="unreachable",
+            advice=advice,
+        )
+    if isinstance(error, boto.ParamValidationError | boto.InvalidRegionError | ValueError):
+        return UsageError(f"{uri}: not a request that S3 knows ({why})", kind="bad_request")
+    return StoreError(f"{uri}: the connection broke ({why})", kind="reset")
