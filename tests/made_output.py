@@ -4,19 +4,22 @@
     run 2  the same with scene v2; a changed video; one clip that had failed is ok; one fails again
     run 3  frames, faces                                  at fps 2, one video
 
-One file is no video, one is cut, one video has two clips of which faces failed the second.
+One file is no video, one is cut, one has no timestamps; of one video's two clips faces failed the
+second.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from vidbatch.data import (
     BoxRows,
@@ -35,6 +38,7 @@ from vidbatch.data import (
     digest,
 )
 from vidbatch.ledger import Ledger
+from vidbatch.progress import Counts
 from vidbatch.query import readme_and_views
 from vidbatch.sampling import sampling_fingerprint
 from vidbatch.storage import open_store
@@ -58,10 +62,10 @@ def _spec(name: str, version: str, gives: tuple[Any, ...], **facts: Any) -> Mode
 
 SCENE_V1 = _spec("scene", "v1", ("labels", "embeddings"), labels=("street", "person"), dim=8)
 SCENE_V2 = _spec("scene", "v2", ("labels", "embeddings"), labels=("street", "person"), dim=16)
-FACES = _spec("faces", "1.0", ("detections",), labels=("face",))
-MIX = _spec("colour-mix", "1", ("embeddings",), dim=300)
+FACES = _spec("faces", "v1.0", ("detections",), labels=("face",))
+MIX = _spec("colour-mix", "v1", ("embeddings",), dim=300)
 QUALITY = _spec(
-    "quality", "1", ("labels", "features"),
+    "quality", "v1", ("labels", "features"),
     labels=("dark", "blurred"), features=("sharpness", "brightness"),
 )  # fmt: skip
 SPECS_1 = (SCENE_V1, FACES, MIX, QUALITY)
@@ -82,6 +86,7 @@ GOOD = tuple(video(source, day) for source in ("cam-01", "cam-02") for day in (1
 CHANGED_OLD, CHANGED_NEW = video("cam-03", 1), video("cam-03", 1, version="e2", night=1)
 NO_VIDEO, CUT, LONG = video("cam-03", 2), video("cam-03", 2, 9), video("cam-03", 3)
 CURED, TWICE = video("cam-04", 1), video("cam-04", 2)
+NO_PTS = GOOD[4]
 INFO = VideoInfo(
     container="mov", codec="h264", width_px=320, height_px=180, rotation_deg=0,
     time_base=Fraction(1, 12800), rate=Fraction(25), start_s=0.0, duration_s=float(SECONDS),
@@ -126,10 +131,10 @@ def predict(spec: ModelSpec, frames: Frames, seed: str) -> Predictions:
         found["features"] = values
     elif spec.name == "faces":
         item = np.repeat(np.flatnonzero(t < 10), 2)
-        score = np.tile(np.float32([0.5, 0.75]), len(item) // 2)
+        score = np.tile(np.array([0.5, 0.75], np.float32), len(item) // 2)
         found["boxes"] = BoxRows(
             item=item, label_id=np.zeros(len(item), np.int64), score=score,
-            xyxy=np.tile(np.float32([0.25, 0.25, 0.5, 0.75]), (len(item), 1)),
+            xyxy=np.tile(np.array([0.25, 0.25, 0.5, 0.75], np.float32), (len(item), 1)),
         )  # fmt: skip
     if spec.dim:
         vectors = rng.normal(size=(n, spec.dim)).astype(np.float32)
@@ -204,7 +209,8 @@ class Maker:
                     outcomes.append(outcome(clip, None, **facts))
                     continue
                 end_s = facts.get("end_s", clip.end_s)
-                frames = frames_of(replace(clip, end_s=end_s), sample)
+                has_pts = clip.video != NO_PTS
+                frames = frames_of(replace(clip, end_s=end_s), sample, has_pts=has_pts)
                 said = None
                 if output.spec is not None:
                     said = predict(output.spec, frames, clip.video.video_id)
@@ -269,4 +275,53 @@ def make_output(root: Path | str) -> Ledger:
     ledger.write_models(third, RUNS[2])
     seen_again = replace(GOOD[0], listed_at=NIGHTS[2])
     maker.commit([Clip(video=seen_again)], third, FPS2, 2)
+    _write_runs(ledger, {run: [o.partition for o in (first, second, third)[i]]
+                         for i, run in enumerate(RUNS)})  # fmt: skip
     return ledger
+
+
+COUNTS = Counts(
+    tasks=2, clips=3, videos=3, frames=60, frames_decoded=1500, video_s=60.0, bytes_read=3 * 2**20,
+    gets=12, bytes_written=2**20, puts=40, ok=10, partial=4, failed=2, fallbacks=1,
+    stage_s={"read": 1.0, "decode": 6.0, "predict": 3.0, "task": 10.5},
+)  # fmt: skip
+"""Of every task event, so that sums are known."""
+
+
+def _write_runs(ledger: Ledger, outputs: Mapping[str, Sequence[str]]) -> None:
+    """Run 1 was stopped, run 2 finished, run 3 has events and no summary."""
+    for i, (run, partitions) in enumerate(outputs.items()):
+        started = NIGHTS[i]
+        ledger.start_run(run, {"archive": {"uri": ["s3://archive"]}})
+        committed = dict.fromkeys(partitions, "new")
+        failed = [["s3://archive/x.mp4", "frames", "busy", "the store answered 503"]]
+        task: dict[str, Any] = {
+            "event": "task", "task": "t", "committed": committed, "failures": failed,
+            "counts": COUNTS.as_dict(),
+        }  # fmt: skip
+        begun: dict[str, Any] = {"event": "started", "engine": "local"}
+        for n, events in enumerate(([begun, task], [task])):
+            at = started + timedelta(seconds=20 * n)
+            lines = [json.dumps({"t": at.isoformat(), **event}) for event in events]
+            ledger.write_event(run, "driver", n, lines)
+        if i < 2:
+            code, stopped = ((5, "received SIGTERM"), (0, None))[i]
+            counts = COUNTS + COUNTS
+            summary = {
+                "run": run, "started_at": started.isoformat(), "elapsed_s": 24.0,
+                "exit_code": code, "stopped": stopped, "counts": counts.as_dict(),
+                "frames_per_s": 5.0, "outputs": {p: {"new": 2} for p in partitions},
+                "failures_by_kind": {"busy": 2}, "not_planned": {},
+                "engine": {"gpu": "starved 61 %"},
+            }  # fmt: skip
+            row = {"started_at": started, "ended_at": started + timedelta(seconds=24),
+                   "exit_code": code, "frames": counts.frames}  # fmt: skip
+            ledger.finish_run(run, summary, row)
+
+
+@pytest.fixture(scope="session")
+def made_output(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The made output, once per run of the tests; nobody writes to it."""
+    root = tmp_path_factory.mktemp("made") / "tables"
+    make_output(root)
+    return root

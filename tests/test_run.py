@@ -50,9 +50,9 @@ def output(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return f"s3://{request.getfixturevalue('s3_bucket')}/tables"
 
 
-def make_job(archive: Path | str, output: str, **changes: Any) -> Job:
+def make_job(folder: Path | str, output: str, **changes: Any) -> Job:
     tree: dict[str, Any] = {
-        "archive": {"uri": str(archive), "date": {"from": "key", "pattern": DATE_PATTERN}},
+        "archive": {"uri": str(folder), "date": {"from": "key", "pattern": DATE_PATTERN}},
         "sample": {"fps": 2},
         "models": [{"builtin": name} for name in MODELS],
         "output": {"uri": output},
@@ -132,7 +132,8 @@ def test_a_model_added_then_changed(archive: Path, tmp_path: Path) -> None:
     assert set(added.summary["outputs"]) == {p for p in added.summary["outputs"] if "phash" in p}
     check_nothing_changed(before, fingerprints(store))
 
-    changed = {"builtin": "quality", "version": "v2", "what": {"dark_below": 0.3}}
+    what = {"adapter": "builtin", "model": "quality", "min_score": 0.4}
+    changed = {"name": "quality", "version": "v2", "what": what}
     third = run(make_job(archive, output, models=[changed, {"builtin": "colour"}]))
     assert [p.split("-")[0] for p in third.summary["outputs"]] == ["quality"]
     tables = read_tables(store)
@@ -260,7 +261,7 @@ def test_what_is_refused_writes_nothing(archive: Path, empty: Path, tmp_path: Pa
             run(make_job(uri, str(output)))
     with pytest.raises(UsageError, match="colour"):
         run(make_job(archive, str(output), models=[{"builtin": "color"}]))
-    with pytest.raises(UsageError, match="twice"):
+    with pytest.raises(UsageError, match="stands above it"):
         run(make_job(archive, str(output), models=[{"builtin": "colour"}] * 2))
     with pytest.raises(RefusedError, match="max_video_hours"):
         run(make_job(archive, str(output), limits={"max_video_hours": 1e-6}))

@@ -314,7 +314,7 @@ def test_the_cpu_limit_is_renewed_for_every_clip() -> None:
 
 def test_memory_has_a_limit() -> None:
     with Cage(memory_bytes=100 * 2**20) as cage:
-        with pytest.raises(DecoderDied, match="104857600 bytes") as caught:
+        with pytest.raises(DecoderDied, match="limit of memory") as caught:
             list(play(cage, "bomb"))
         assert caught.value.kind == "decoder_oom"
         assert_works(cage)

@@ -42,6 +42,7 @@ from vidbatch.storage.source import ReadAhead
 
 MiB = 2**20
 M = 2**16
+PATIENCE_S = storage_base.BACKOFF_S
 
 
 @pytest.fixture(autouse=True)
@@ -217,7 +218,7 @@ def test_a_lasting_fault_ends(
     through: Store, s3_proxy: FaultProxy, action: Action, kind: str
 ) -> None:
     s3_proxy.faults = [Fault(action, "PUT", times=1000)]
-    with pytest.raises(StoreError, match="tried 6 times") as caught:
+    with pytest.raises(StoreError, match=f"tried {storage_base.ATTEMPTS} times") as caught:
         through.put_new("k", b"x")
     assert caught.value.kind == kind and caught.value.retryable
     twice = 2 if action == "reset" else 1  # that is aiohttp's own; s3fs and botocore add nothing
@@ -320,7 +321,7 @@ def test_a_gateway_that_is_killed_and_comes_back(
 ) -> None:
     """Everything acknowledged is there, whole and once; writers go on by themselves."""
     use_server(monkeypatch, durable_s3)
-    monkeypatch.setattr(storage_base, "BACKOFF_S", 0.1)
+    monkeypatch.setattr(storage_base, "BACKOFF_S", PATIENCE_S)
     store = open_store(f"s3://{make_bucket(durable_s3)}")
     known: dict[str, bytes] = {}
     failures: list[VidbatchError] = []

@@ -2,8 +2,9 @@
 
     python read_with_spark.py <output> <tables.json>
 
-`tables.json`: table → partition levels. Per table: rows, columns with their types, and for each
-column the number of its non-null values and a sum, an extreme or a length that tells it apart.
+`tables.json`: table → partition levels. Per table: rows, columns with their types, and of each
+column the number of its values and one figure: the sum of numbers, the latest instant in µs, the
+last text, for vectors the sum of lengths and first elements.
 """
 
 import json
@@ -21,12 +22,14 @@ def facts(frame: DataFrame) -> dict[str, object]:
     for name, kind in frame.dtypes:
         column = f.col(f"`{name}`")
         picks.append(f.count(column).alias(f"{name}:count"))
-        if kind.startswith("array"):
-            value = f.sum(f.size(column))
+        if kind == "array<float>":
+            value = f.sum(f.size(column) + column[0].cast("double"))
+        elif kind.startswith("array"):
+            value = f.sum(f.size(column).cast("double"))
         elif kind in ("int", "bigint", "float", "double"):
             value = f.sum(column.cast("double"))
         elif kind == "boolean":
-            value = f.sum(column.cast("int"))
+            value = f.sum(column.cast("int").cast("double"))
         elif kind == "timestamp":
             value = f.max(f.unix_micros(column))
         else:

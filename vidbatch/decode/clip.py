@@ -103,7 +103,9 @@ class _Pass:
         self._taken = 0
         self._upright: tuple[int, int, int] | None = None
         self._start_pts = None if plan is None else plan.origin_pts
-        self._expected = None if plan is not None else (video.stream.frames or None)
+        self._expected = (
+            None if plan is not None else ((video.is_mp4 and video.stream.frames) or None)
+        )
 
     def skipping(self) -> Iterator[DecodeEvent]:
         """Decodes what rows need. Raises SkippingFailedError."""

@@ -14,7 +14,7 @@ from typing import Protocol
 import av
 from av.video.frame import VideoFrame
 
-from vidbatch.decode.tally import Mark, NumberedPackets, Shown, Tally
+from vidbatch.decode.tally import IndexMismatchError, Mark, NumberedPackets, Shown, Tally
 from vidbatch.media import OpenVideo, PacketTable
 from vidbatch.sampling import Clock
 
@@ -30,8 +30,8 @@ class Numbering(Protocol):
         """The decoder failed on it."""
         ...
 
-    def came(self, mark: Mark) -> list[tuple[int, Mark]]:
-        """A frame came out: holes that lie before it, then itself; nothing if it has no place."""
+    def came(self, mark: Mark) -> list[tuple[int, Mark]] | None:
+        """A frame came out: holes that lie before it, then itself; None if its place is passed."""
         ...
 
     def rest(self) -> list[tuple[int, Mark]]:
@@ -89,10 +89,10 @@ class TablePlaces:
     def failed(self, mark: Mark) -> None:
         pass
 
-    def came(self, mark: Mark) -> list[tuple[int, Mark]]:
+    def came(self, mark: Mark) -> list[tuple[int, Mark]] | None:
         index = int(self._table.ordinal[mark.number])
         if not self._next <= index < self._end:
-            return []
+            return None
         places = [*self._holes(index), (index, mark)]
         self._next = index + 1
         return places
@@ -123,9 +123,9 @@ def decode_in_order(
     """Decodes every packet; yields one Shown per place, in display order.
 
     Raises:
+        IndexMismatchError: sound frames come out in another order than the packet table says.
         StoreError: the bytes could not be had.
     """
-    context = video.stream.codec_context
     damaged: set[int] = set()
     mark = None
     for mark, packet in packets:
@@ -135,7 +135,7 @@ def decode_in_order(
         if packet.is_corrupt:
             damaged.add(mark.number)
         try:
-            frames = context.decode(packet)
+            frames = video.decode(packet)
         except av.FFmpegError:
             tally.errors += 1
             tally.encrypted |= packet.has_sidedata("encryption_info")
@@ -144,7 +144,7 @@ def decode_in_order(
         yield from _place(frames, mark, damaged, numbering, clock, tally)
     if mark is not None:
         try:
-            frames = context.decode(None)
+            frames = video.decode(None)
         except av.FFmpegError:
             tally.errors += 1
             frames = []
@@ -170,7 +170,13 @@ def _place(
         corrupt = bool(frame.is_corrupt) or mark.number in damaged
         damaged.discard(mark.number)
         tally.corrupt += corrupt
-        for index, place in numbering.came(mark):
+        places = numbering.came(mark)
+        if places is None:
+            if not tally.errors and not tally.corrupt:
+                raise IndexMismatchError
+            tally.corrupt += not corrupt
+            continue
+        for index, place in places:
             own = place is mark
             tally.places = index + 1
             pts = frame.pts if own else place.pts

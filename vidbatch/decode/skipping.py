@@ -51,10 +51,12 @@ class _Gop:
         self.held = [first]
         self.nbytes = first.packet.size
         self.last_pts = first.pts
+        self.reorders = False
 
     def add(self, held: _Held) -> None:
         self.held.append(held)
         self.nbytes += held.packet.size
+        self.reorders |= held.pts < self.last_pts
         self.last_pts = max(self.last_pts, held.pts)
         if held.pts < self.held[0].pts:
             raise SkippingFailedError("timestamps step back past a keyframe")
@@ -155,12 +157,13 @@ class _Runner:
     """Feeds the decoder and checks what comes out."""
 
     def __init__(self, video: OpenVideo, tally: Tally) -> None:
+        self._video = video
         self._context = video.stream.codec_context
         self._tally = tally
         self._expected: dict[int, Shown] = {}
         self._running = False
         self._entry: int | None = None
-        self._last = -1
+        self._last: int | None = None
 
     def decode(self, gop: _Gop, wanted: dict[int, Shown]) -> Iterator[Shown]:
         if not wanted:
@@ -172,8 +175,12 @@ class _Runner:
         self._expected.update(wanted)
         count = 1 + max(i for i, h in enumerate(gop.held) if h.mark.number in wanted)
         top = max(h.facts.layer for h in gop.held)
+        # Decode times in the place of pts show only when nothing is left out.
+        doubtful = not gop.reorders and self._context.reorder_depth > 0
+        if doubtful:
+            count = len(gop.held)
         for held in gop.held[:count]:
-            needed = held.mark.number in wanted or held.facts.layer < top
+            needed = doubtful or held.mark.number in wanted or held.facts.layer < top
             self._context.skip_frame = "DEFAULT" if needed else "NONREF"
             held.packet.opaque = held.mark
             yield from self._check(self._send(held.packet))
@@ -191,28 +198,30 @@ class _Runner:
 
     def _send(self, packet: VideoPacket | None) -> list[VideoFrame]:
         try:
-            frames: list[VideoFrame] = self._context.decode(packet)
+            return self._video.decode(packet)
         except av.FFmpegError as error:
             raise SkippingFailedError("a packet could not be decoded", entry_holds=True) from error
-        return frames
 
     def _check(self, frames: list[VideoFrame]) -> Iterator[Shown]:
         for frame in frames:
             self._tally.frames += 1
             mark = frame.opaque
-            if frame.is_corrupt or not isinstance(mark, Mark) or frame.pts != mark.pts:
+            pts = mark.pts if isinstance(mark, Mark) else None
+            if frame.is_corrupt or pts is None or frame.pts != pts:
                 raise SkippingFailedError("a frame came out damaged", entry_holds=True)
             if self._entry is not None and mark.number != self._entry:
                 raise SkippingFailedError("a keyframe does not decode alone")
             self._entry = None
+            # Wanted frames wait in display order.
+            late = next(iter(self._expected.values()), None)
+            if (self._last is not None and pts <= self._last) or (
+                late is not None and late.pts is not None and late.pts < pts
+            ):
+                raise SkippingFailedError("frames come out in another order than timestamps say")
+            self._last = pts
             shown = self._expected.pop(mark.number, None)
             if shown is None:
                 continue
-            # Wanted frames wait in display order.
-            late = next(iter(self._expected.values()), None)
-            if shown.index <= self._last or (late is not None and late.index < shown.index):
-                raise SkippingFailedError("frames come out in another order than timestamps say")
-            self._last = shown.index
             yield Shown(
                 index=shown.index, pts=shown.pts, time=shown.time, key=shown.key, frame=frame
             )

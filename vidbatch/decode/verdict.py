@@ -16,7 +16,7 @@ SLACK_SHARE = 0.02
 """By how much a video may end before its header says: headers round, count audio and last frames."""
 
 
-STATED_DURATION = frozenset({"matroska", "flv", "asf", "mp4"})
+STATED_DURATION = frozenset({"matroska", "flv", "asf", "avi", "mp4"})
 """Formats whose header states a duration; FFmpeg guesses that of others from the file's end."""
 
 
@@ -36,6 +36,8 @@ class Evidence:
     declared_bytes: int | None
     """Size of the whole object as its container declares it."""
     demux_error: str | None
+    too_large: bool
+    """Whether the decoder refused pictures for their size."""
     expected_packets: int | None
     """Packets that the header or the packet table promises for what was read."""
     ended_s: float | None
@@ -81,6 +83,7 @@ def gather(
         size_bytes=source.size_bytes,
         declared_bytes=declared_bytes(source) if whole else None,
         demux_error=video.demux_error,
+        too_large=video.too_large,
         expected_packets=expected_packets,
         ended_s=ended,
         duration_s=duration,
@@ -102,6 +105,11 @@ def judge(evidence: Evidence) -> Verdict | None:
         )
     if evidence.cut_off:
         return Verdict("truncated", f"{evidence.cut_off}; {tally.packets} packets are there")
+    if evidence.too_large:
+        return Verdict(
+            "too_large",
+            f"pictures over the limit of pixels were refused: {tally.errors} of {tally.packets}",
+        )
     if tally.errors or tally.corrupt:
         return Verdict(
             "corrupt",
@@ -127,6 +135,12 @@ def nothing_decoded(evidence: Evidence, codec: str) -> MediaError:
     tally = evidence.tally
     if tally.encrypted:
         return encrypted()
+    if evidence.too_large:
+        return MediaError(
+            "no frame: its pictures have more pixels than the limit",
+            kind="too_large",
+            advice="raise limits.max_pixels if the file is meant to be that large",
+        )
     upload = "upload the whole file again"
     if evidence.cut_off or evidence.demux_error:
         return MediaError(

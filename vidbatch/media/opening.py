@@ -10,13 +10,16 @@ the bytes are, what comes out is an `OpenVideo` or a MediaError of a stable kind
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fractions import Fraction
 from typing import Any
 
 import av
+from av.packet import Packet
 from av.stream import Discard, Disposition
+from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from vidbatch.data import ByteSource, VideoInfo
@@ -131,7 +134,7 @@ class SourceReader:
         """Moves; a negative answer tells FFmpeg that the target does not exist."""
         target = offset + (0, self._pos, self._size)[whence]
         if target < 0:
-            return -22
+            return -errno.EINVAL
         self._pos = target
         return target
 
@@ -143,7 +146,9 @@ class SourceReader:
 class OpenVideo:
     """An opened video: its one chosen stream, ready to demux and decode with one thread."""
 
-    def __init__(self, container: Any, stream: VideoStream, reader: SourceReader) -> None:
+    def __init__(
+        self, container: Any, stream: VideoStream, reader: SourceReader, max_pixels: int
+    ) -> None:
         self.container = container
         self.stream = stream
         self.reader = reader
@@ -153,8 +158,11 @@ class OpenVideo:
         self.other_end_s: float | None = None
         """Where the packets of other streams end so far, on the container's clock (not in MP4)."""
         self.demux_error: str | None = None
+        self.too_large = False
+        """Whether the decoder refused a picture for its size."""
+        self._max_pixels = max_pixels
 
-    def packets(self) -> Iterator[av.Packet]:
+    def packets(self) -> Iterator[Packet[VideoStream]]:
         """The stream's packets in decode order, without the empty one that flushes.
 
         Reading past damage that stops the demuxer ends the iteration and sets `demux_error`.
@@ -179,6 +187,25 @@ class OpenVideo:
             elif packet.pts is not None and packet.time_base:
                 end = float((packet.pts + (packet.duration or 0)) * packet.time_base)
                 self.other_end_s = max(end, self.other_end_s or end)
+
+    def decode(self, packet: Packet[VideoStream] | None) -> list[VideoFrame]:
+        """Frames that come out when this packet goes in; None brings out what is left.
+
+        Raises:
+            av.FFmpegError: the decoder failed on this packet; the next may be fine.
+            MemoryError: there was no memory for a picture of allowed size.
+        """
+        context = self.stream.codec_context
+        try:
+            frames: list[VideoFrame] = context.decode(packet)
+        except av.FFmpegError as error:
+            pixels = context.width * context.height
+            allowed = 0 < pixels <= self._max_pixels
+            if error.errno == errno.ENOMEM and allowed:
+                raise MemoryError(f"no memory to decode {pixels} pixels") from error
+            self.too_large |= error.errno == errno.EINVAL and not allowed
+            raise
+        return frames
 
     def info(self, *, upright: tuple[int, int, int] | None, start_pts: int | None) -> VideoInfo:
         """What the headers say.
@@ -275,18 +302,12 @@ def open_video(source: ByteSource, *, max_pixels: int) -> Iterator[OpenVideo]:
             raise reader.error
         stream = _choose_stream(container)
         context = stream.codec_context
-        if context.width * context.height > max_pixels:
-            raise MediaError(
-                f"frames of {context.width}x{context.height} pixels are over the limit of {max_pixels}",
-                kind="too_large",
-                advice="raise limits.max_pixels if the file is meant to be that large",
-            )
         context.options = {"max_pixels": str(max_pixels)}
         context.thread_count = 1
         context.thread_type = "NONE"
         # Frames then carry the number their packet was given: reordering cannot mix them up.
         context.copy_opaque = True
-        video = OpenVideo(container, stream, reader)
+        video = OpenVideo(container, stream, reader, max_pixels)
         for other in container.streams:
             if other.index != stream.index and (video.is_mp4 or other.type == "attachment"):
                 other.discard = Discard.all
@@ -327,7 +348,7 @@ def encrypted() -> MediaError:
 def _refusal(source: ByteSource, error: av.FFmpegError) -> MediaError:
     """Why FFmpeg would not open the object."""
     head = source.read_at(0, 16)
-    if error.errno == 22:
+    if error.errno == errno.EINVAL:
         return MediaError(
             "the content is no container this build opens (a playlist, an image, a script?)",
             kind="format_refused",

@@ -114,6 +114,7 @@ def read_packet_table(source: ByteSource, *, max_pixels: int) -> tuple[PacketTab
                 return None, "packets without timestamps"
             flags = (packet.is_keyframe, packet.is_discard)
             rows.append((packet.pts, packet.dts or 0, packet.pos, packet.size, *flags))
+        depth = video.stream.codec_context.reorder_depth
         sync = {e.pos: e.is_keyframe for e in video.stream.index_entries}
         header_count, time_base, rate = video.stream.frames, video.time_base, video.rate
     if not rows or (header_count and header_count > len(rows)):
@@ -130,6 +131,8 @@ def read_packet_table(source: ByteSource, *, max_pixels: int) -> tuple[PacketTab
         return None, "the first packet is no keyframe"
     if len(order) > 1 and int(np.diff(pts[order]).min()) == 0:
         return None, "timestamps repeat"
+    if depth and len(pts) > depth + 1 and int(np.diff(pts).min()) > 0:
+        return None, "timestamps do not reorder pictures although the codec does"
     ordinal = np.full(len(pts), -1, np.int64)
     ordinal[order] = np.arange(len(order))
     table = PacketTable(

@@ -21,7 +21,7 @@ def write_video(path: Path, frames: Iterable[Pixels], *, rate: int) -> None:
     with av.open(str(path), "w", format="mp4", options=options) as container:
         stream = container.add_stream("libx264", rate=rate, options={"crf": "23", "threads": "1"})
         stream.pix_fmt = "yuv420p"
-        stream.codec_context.gop_size = 2 * rate
+        stream.codec_context.gop_size = rate
         for i, pixels in enumerate(frames):
             if i == 0:
                 stream.height, stream.width = pixels.shape[:2]

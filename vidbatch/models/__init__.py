@@ -2,6 +2,7 @@
 
     registry.py   an entry of a job file → ModelDef (facts, fingerprint; no torch) → Model
     base.py       what a person writes, and what stands around it: floors, geometry, checks
+    located.py    a class and its files, found: what travels to the workers
     builtin/      models that need no weights, batched torch
     opencv.py     what OpenCV carries: cascades
     python.py     `package.module:Class`, the user's own model

@@ -1,15 +1,7 @@
 """What a person writes as a model, and what stands around it: floors, geometry, checks.
 
 A *plain* model is any class with a `predict`; its facts are class attributes or are set by
-`__init__` from `what.params` (see `Facts`). The smallest one:
-
-    class Redness:
-        geometry = Geometry(width_px=64, height_px=36)
-        features = ("red",)
-
-        def predict(self, batch):
-            return {"features": batch.pixels[..., 0].float().mean(dim=(1, 2))[:, None] / 255}
-
+`__init__` from `what.params` (see `Facts`). `configs/models/redness.py` is one of ten lines.
 `PlainAdapter` makes a `data.Model` of it. Knows no files and no fingerprints: see `registry`.
 """
 

@@ -20,13 +20,13 @@ from vidbatch.models.located import Located
 KEYS = ("cascade",)
 
 _HALF_WEIGHT = 2.0
-"""Stage weight at which the score is 0.5. On 30 real videos: faces 2..9, false finds −0.5..6."""
+"""Stage weight at which the score is 0.5. On 30 real videos faces had 1.2 to 9, and of the
+finds below 1.3 most were none. Equalising the histogram found other false ones, no face more."""
 
 
 class Cascade:
     """Boxes of one kind of thing, found by a boosted cascade (Viola and Jones 2001) on grey frames.
 
-    The histogram of each frame is equalised first (dark film: 8 of 12 faces found instead of 0).
     Score = w / (w + 2) of the last stage's weight w, 0 where w < 0: a ranking, not a probability.
     At 352 pixels a face must be wider than 1/15 of the frame; widen the geometry for smaller ones
     (cost grows with the area).
@@ -84,7 +84,7 @@ class Cascade:
             scaled_w, scaled_h, _, _ = fit_box(self.geometry, int(w), int(h))
             grey = cv2.cvtColor(picture[:scaled_h, :scaled_w], cv2.COLOR_RGB2GRAY)  # no padding
             found, _, weight = self._cascade.detectMultiScale3(
-                cv2.equalizeHist(grey),
+                grey,
                 scaleFactor=self.scale_factor,
                 minNeighbors=self.min_neighbours,
                 minSize=(self.min_size_px, self.min_size_px),

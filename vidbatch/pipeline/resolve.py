@@ -9,8 +9,7 @@ from typing import Any
 from vidbatch.archive import ArchiveRule, DateRule, parse_when
 from vidbatch.config import Job
 from vidbatch.data import DecodeLimits, Output
-from vidbatch.errors import UsageError
-from vidbatch.models.registry import resolve_model
+from vidbatch.models.registry import resolve_models
 from vidbatch.pipeline.order import RunSpec
 from vidbatch.sampling import sampling_fingerprint
 from vidbatch.storage import StoreSettings
@@ -29,11 +28,7 @@ def job_outputs(job: Job) -> tuple[str, tuple[Output, ...]]:
         UsageError: a model cannot be resolved, or two share a name.
     """
     sample = job.sample.rule()
-    specs = [resolve_model(m, Path(job.base_dir)).spec for m in job.models]
-    names = [s.name for s in specs]
-    for name in names:
-        if names.count(name) > 1:
-            raise UsageError(f"models: {name!r} stands twice; give one of them another `name`")
+    specs = [d.spec for d in resolve_models(job.models, Path(job.base_dir))]
     fingerprint = sampling_fingerprint(sample)
     outputs = (output_of(None, fingerprint), *(output_of(s, fingerprint) for s in specs))
     return sampling_partition(sample), outputs
@@ -70,7 +65,7 @@ def run_spec(job: Job, run: str) -> RunSpec:
         sampling=sampling_fingerprint(sample),
         sampling_partition=partition,
         outputs=outputs,
-        models=tuple(resolve_model(m, Path(job.base_dir)) for m in job.models),
+        models=resolve_models(job.models, Path(job.base_dir)),
         archive_uris=job.archive.uri,
         archive_store=settings_of(job.archive.store),
         output_uri=job.output.uri,

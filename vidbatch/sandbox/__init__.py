@@ -15,11 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 from vidbatch.data import (
     ByteSource,
     Clip,
+    ClipRange,
     DecodeEvent,
     DecodeLimits,
     Geometry,
@@ -27,9 +28,6 @@ from vidbatch.data import (
     VideoInfo,
 )
 from vidbatch.sandbox.parent import Sandbox
-
-if TYPE_CHECKING:
-    from vidbatch.probe import ClipRange
 
 __all__ = ["InProcess", "Sandbox"]
 

@@ -6,8 +6,8 @@ Started as `python -I -S -c …` with an empty environment; all it knows comes o
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
+import errno
 import importlib
 import json
 import mmap
@@ -81,8 +81,11 @@ class ParentSource:
     def _ask(self, offset: int, length: int) -> bytes:
         if self._abandoned:
             raise AbandonedError("the job was abandoned")
-        wire.send(self._sock, {"op": "read", "offset": offset, "length": length})
-        data = self._wait("bytes")
+        try:
+            wire.send(self._sock, {"op": "read", "offset": offset, "length": length})
+            data = self._wait("bytes")
+        except MemoryError:
+            _end_without_memory()  # no exception to be swallowed between here and PyAV's caller
         if len(data) != length:
             raise RuntimeError(f"{len(data)} bytes for a read of {length}")
         return data
@@ -109,8 +112,8 @@ class Child:
         self._decode = decode
         self._probe = probe
 
-    def serve(self) -> None:
-        """Runs jobs until the parent closes the socket (EOFError)."""
+    def serve(self) -> NoReturn:
+        """Runs jobs for ever. Raises ClosedError when the parent has closed the socket."""
         wire.send(self._sock, {"op": "ready"})
         jobs: dict[str, Callable[[wire.Header], None]] = {
             "decode": self._run_decode,
@@ -129,9 +132,7 @@ class Child:
         except MediaError as error:
             words = {"message": error.message, "kind": error.kind, "advice": error.advice}
             return {"op": "error"} | {name: text[:1500] for name, text in words.items()}
-        except MemoryError:
-            return {"op": "oom"}
-        except EOFError:
+        except (MemoryError, wire.ClosedError, wire.BreachError):
             raise
         except Exception as error:
             at = traceback.extract_tb(error.__traceback__)[-1]
@@ -192,6 +193,14 @@ def _map(fd: int, size_bytes: int) -> Pixels:
     return np.ctypeslib.as_array((ctypes.c_uint8 * size_bytes).from_address(address))
 
 
+def _end_without_memory(*_: object) -> NoReturn:
+    """Ends the process on the spot, as FFmpeg's error ENOMEM and any other want of memory.
+
+    A decoder would count the packet as damaged, and a large picture be taken for a broken file.
+    """
+    os._exit(wire.OUT_OF_MEMORY)
+
+
 def main() -> NoReturn:
     """Entry of the child process; ends only by exit or signal."""
     numbers, modules = json.loads(sys.argv[2]), json.loads(sys.argv[3])
@@ -204,7 +213,11 @@ def main() -> NoReturn:
     window = _map(numbers["memory_fd"], numbers["window_bytes"])
     os.close(numbers["memory_fd"])  # no descriptor left to resize the parent's view with
     sock = socket.socket(fileno=numbers["socket_fd"])
+    av.error.classes[errno.ENOMEM] = _end_without_memory
     confine.lock(numbers["memory_bytes"])
-    with contextlib.suppress(EOFError, ConnectionError):
+    try:
         Child(sock, window, decode, probe).serve()
-    os._exit(0)  # the parent has closed, or is gone: nothing to clean up, nobody to tell
+    except MemoryError:
+        _end_without_memory()
+    except (wire.ClosedError, ConnectionError):
+        os._exit(0)  # the parent has closed, or is gone: nothing to clean up, nobody to tell

@@ -10,12 +10,13 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from types import TracebackType
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import ClassVar, Self
 
 from vidbatch.data import (
     ByteSource,
     Clip,
     ClipEnd,
+    ClipRange,
     DecodeEvent,
     DecodeLimits,
     Frames,
@@ -27,9 +28,6 @@ from vidbatch.errors import DecoderDied, MediaError, StoreError, UsageError
 from vidbatch.sandbox import wire
 from vidbatch.sandbox.process import SLOTS, WINDOW_BYTES, ChildGoneError, Process
 
-if TYPE_CHECKING:
-    from vidbatch.probe import ClipRange
-
 _log = logging.getLogger(__name__)
 
 JOBS_PER_PROCESS = 256
@@ -39,9 +37,10 @@ ABANDON_S = 1.0
 MAX_RANGES = 1_000_000
 """Clips of one video; more than a year of one-minute clips."""
 
-_DIED: dict[int, tuple[str, str]] = {
-    signal.SIGKILL: ("decoder_oom", "was killed by the system, most likely for want of memory"),
-    signal.SIGXCPU: ("decoder_timeout", "used up its CPU time"),
+_DIED = {
+    wire.OUT_OF_MEMORY: ("decoder_oom", "reached its limit of memory"),
+    -signal.SIGKILL: ("decoder_oom", "was killed by the system, most likely for want of memory"),
+    -signal.SIGXCPU: ("decoder_timeout", "used up its CPU time"),
 }
 _ADVICE = {
     "decoder_crash": "the file breaks the decoder: look at it, or exclude it if it happens again",
@@ -187,8 +186,6 @@ class Sandbox:
         Raises:
             MediaError, DecoderDied, StoreError, InfraError: as `decode` does.
         """
-        from vidbatch.probe import ClipRange  # loads PyAV, which a parent has no other use for
-
         job = {"op": "probe", "limits": wire.pack(limits), "length_s": length_s}
         info: VideoInfo | None = None
         ranges: list[ClipRange] = []
@@ -233,10 +230,6 @@ class Sandbox:
                     }
                     process.idle = True
                     raise MediaError(words["message"], kind=words["kind"], advice=words["advice"])
-                case "oom":
-                    raise ChildGoneError(
-                        "decoder_oom", f"ran out of its {self._memory_bytes} bytes"
-                    )
                 case "bug":
                     what = wire.unpack(str, header.get("what"))
                     raise ChildGoneError("decoder_crash", f"failed with {what}")
@@ -310,7 +303,7 @@ class Sandbox:
         if not kind and code is None:
             kind, what = "decoder_crash", "closed its socket"
         elif not kind and code is not None:
-            kind, what = _DIED.get(-code, ("decoder_crash", _exit_words(code)))
+            kind, what = _DIED.get(code, ("decoder_crash", _exit_words(code)))
         self._process = None
         self.restarts += 1
         self.last_exit = f"{what} [{process.last_words}]" if process.last_words else what

@@ -120,7 +120,7 @@ class Process:
 
         The size never changes later: a consumer may still look into them.
         """
-        if self._memory is None:
+        if slot_bytes and self._memory is None:  # a probe needs none, and must not fix their size
             self.slot_bytes = -(-slot_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
             os.ftruncate(self._memory_fd, SLOTS * self.slot_bytes)
             self._memory = mmap.mmap(self._memory_fd, SLOTS * self.slot_bytes)
@@ -223,5 +223,5 @@ class Process:
             raise ChildGoneError("decoder_timeout", f"gave no sign for {timeout_s:.3g} s") from None
         except wire.BreachError as breach:
             raise ChildGoneError("decoder_crash", f"broke the protocol: {breach}") from None
-        except (EOFError, OSError):
+        except (wire.ClosedError, OSError):
             raise ChildGoneError("", "ended") from None

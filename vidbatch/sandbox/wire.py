@@ -9,7 +9,7 @@
       abandon         stop the job              frames           slot, n; payload: the columns
                                                 ranges           some ClipRanges
                                                 end              ClipEnd
-                                                done, error, oom, bug, abandoned   the job is over
+                                                done, error, bug, abandoned   the job is over
 
 The parent trusts nothing that comes back: after an exploited codec the child is an attacker.
 Nothing is ever unpickled; every value is rebuilt from its type hints and bounds.
@@ -45,6 +45,8 @@ MAX_HEADER_BYTES = 64 * 1024
 MAX_READ_BYTES = 16 * 2**20
 """Of one read request, as large as the ranges that the reader of a clip fetches."""
 RANGES_PER_MESSAGE = 128
+OUT_OF_MEMORY = 77
+"""Exit code of a child that could not allocate."""
 _MAX_TEXT = 2000
 _MAX_INT = 2**63 - 1
 _ALIGN_BYTES = 64
@@ -62,6 +64,10 @@ COLUMNS: tuple[tuple[str, str, int], ...] = (
 )
 """(name, type, width) of what a frames message carries besides the pixels, column after column."""
 ROW_BYTES = sum(np.dtype(kind).itemsize * width for _, kind, width in COLUMNS)
+
+
+class ClosedError(Exception):
+    """The other side has closed, or is gone."""
 
 
 class BreachError(Exception):
@@ -84,7 +90,7 @@ def receive(
     """The next message, all of it within `timeout_s`.
 
     Raises:
-        EOFError: the other side has closed.
+        ClosedError: the other side has closed.
         BreachError: it is no message, or larger than allowed.
         TimeoutError, OSError: from the socket.
     """
@@ -113,7 +119,7 @@ def _read(sock: socket.socket, count: int, deadline: float | None) -> bytes:
             sock.settimeout(max(deadline - time.monotonic(), 0.001))
         part = sock.recv(count, socket.MSG_WAITALL)
         if not part:
-            raise EOFError
+            raise ClosedError
         parts.append(part)
         count -= len(part)
     return parts[0] if len(parts) == 1 else b"".join(parts)

@@ -17,7 +17,16 @@ from vidbatch.errors import (
     StoreError,
     UsageError,
 )
-from vidbatch.storage.base import Entry, Store, StoreSettings, changed, check_put, persist, utc
+from vidbatch.storage.base import (
+    Entry,
+    Store,
+    StoreSettings,
+    changed,
+    check_put,
+    persist,
+    shown,
+    utc,
+)
 
 _ETAGS = ("ETag", "etag", "e_tag", "md5Hash", "content_md5")
 _TIMES = ("mtime", "LastModified", "last_modified", "updated", "modified", "created")
@@ -108,7 +117,7 @@ class AnyStore(Store):
         self._seen(key, version)
         if len(data) != end - offset:
             raise StoreError(
-                f"{self.uri_of(key)}: the store sent {len(data)} of {end - offset} bytes",
+                f"{shown(self.uri_of(key))}: the store sent {len(data)} of {end - offset} bytes",
                 kind="short_body",
             )
         return data
@@ -116,7 +125,7 @@ class AnyStore(Store):
     def _seen(self, key: str, version: str | None) -> Entry:
         entry = self.head(key)
         if entry is None:
-            raise NotFoundInStore(f"{self.uri_of(key)} is not there", kind="not_found")
+            raise NotFoundInStore(f"{shown(self.uri_of(key))} is not there", kind="not_found")
         if version not in (None, entry.version):
             raise changed(self.uri_of(key))
         return entry
@@ -159,6 +168,7 @@ def _entry(key: str, info: Mapping[str, Any]) -> Entry:
 
 def _translate(error: Exception, uri: str) -> StoreError | ExistsInStore:
     why = " ".join(str(error).split()) or type(error).__name__
+    uri = shown(uri)
     if isinstance(error, FileNotFoundError | NotADirectoryError):
         return NotFoundInStore(f"{uri} is not there", kind="not_found")
     if isinstance(error, FileExistsError):

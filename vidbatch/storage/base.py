@@ -18,8 +18,9 @@ from vidbatch.errors import ForbiddenByStore, SourceChanged, StoreError
 
 T = TypeVar("T")
 
-ATTEMPTS = 6
-"""Times a request is sent before its transient error is raised."""
+ATTEMPTS = 7
+"""Times a request is sent before its transient error is raised: rides out 8 to 16 s, which a
+gateway's restart takes, and lets a wrong address be known soon enough."""
 BACKOFF_S = 0.25
 """Wait before the second attempt; doubles each time, with up to half of it taken off at random."""
 BACKOFF_CAP_S = 8.0
@@ -93,7 +94,7 @@ class Store(Protocol):
         """
         root = self.uri.rstrip("/") + "/"
         if not uri.startswith(root):
-            raise ValueError(f"{uri} does not lie under {self.uri}")
+            raise ValueError(f"{shown(uri)} does not lie under {self.uri}")
         return uri[len(root) :]
 
     def list_keys(self, prefix: str = "") -> Iterator[str]:
@@ -104,11 +105,12 @@ class Store(Protocol):
         """
         for entry in self.list(prefix):
             if entry.oddity == "unreadable":
+                advice = "give this user the right to read it"
                 raise ForbiddenByStore(
-                    f"{self.uri_of(entry.key)} may not be read, so what lies there is unknown"
-                    " — give this user the right to read the folder",
+                    f"{shown(self.uri_of(entry.key))} may not be read, so what lies there is"
+                    f" unknown — {advice}",
                     kind="access_denied",
-                    advice="give this user the right to read the folder",
+                    advice=advice,
                 )
             if not entry.oddity:
                 yield entry.key
@@ -201,12 +203,12 @@ def check_put(uri: str, data: bytes, metadata: Mapping[str, str]) -> None:
         total += len(name) + len(value)
         plain = name.isascii() and name.replace("-", "").isalnum() and name == name.lower()
         if not (plain and value.isascii() and value.isprintable() and value == value.strip()):
-            raise ValueError(f"metadata {name!r} of {uri} is not plain ASCII on one line")
+            raise ValueError(f"metadata {name!r} of {shown(uri)} is not plain ASCII on one line")
     if total > MAX_METADATA_BYTES:
-        raise ValueError(f"metadata of {uri}: {total} bytes, at most {MAX_METADATA_BYTES}")
+        raise ValueError(f"metadata of {shown(uri)}: {total} bytes, at most {MAX_METADATA_BYTES}")
     if len(data) > MAX_PUT_BYTES:
         raise StoreError(
-            f"{uri}: {len(data)} bytes are more than one PUT takes ({MAX_PUT_BYTES})",
+            f"{shown(uri)}: {len(data)} bytes are more than one PUT takes ({MAX_PUT_BYTES})",
             kind="too_big",
         )
 
@@ -215,10 +217,15 @@ def changed(uri: str) -> SourceChanged:
     """The error for an object that is not the version that was planned."""
     advice = "the next run plans the new version by itself"
     return SourceChanged(
-        f"{uri} changed since it was listed; this run leaves it out — {advice}",
+        f"{shown(uri)} changed since it was listed; this run leaves it out — {advice}",
         kind="source_changed",
         advice=advice,
     )
+
+
+def shown(name: str) -> str:
+    """A uri or key for a message: names may hold line ends and what is no text."""
+    return name if name.isprintable() else repr(name)[1:-1]
 
 
 def utc(mtime_ns: int) -> datetime:

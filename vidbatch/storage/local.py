@@ -28,6 +28,7 @@ from vidbatch.storage.base import (
     StoreSettings,
     changed,
     check_put,
+    shown,
     utc,
 )
 
@@ -111,7 +112,9 @@ class LocalStore(Store):
         check_put(path, data, metadata)
         try:
             if os.path.lexists(path) or not self._create(path, data):
-                raise ExistsInStore(f"{path} exists: another attempt was first", kind="exists")
+                raise ExistsInStore(
+                    f"{shown(path)} exists: another attempt was first", kind="exists"
+                )
         except OSError as error:
             raise _translate(error, path) from error
 
@@ -173,7 +176,7 @@ class OpenFile:
         seen = os.fstat(self._file)
         self.size_bytes = seen.st_size
         if not stat.S_ISREG(seen.st_mode):
-            raise NotFoundInStore(f"{self.path} is not a file", kind="not_regular")
+            raise NotFoundInStore(f"{shown(self.path)} is not a file", kind="not_regular")
         if self.version not in (None, f"{seen.st_size}-{seen.st_mtime_ns}"):
             raise changed(self.path)
 
@@ -249,6 +252,7 @@ def _sync_folder(folder: Path) -> None:
 
 def _translate(error: OSError, path: str) -> StoreError:
     why = error.strerror or str(error)
+    path = shown(path)
     if isinstance(error, FileNotFoundError | NotADirectoryError):
         return NotFoundInStore(f"{path} is not there", kind="not_found")
     if error.errno in _NO_LINKS and error.filename2 is not None:

@@ -1,12 +1,14 @@
 """S3 and what speaks its protocol, through s3fs: one request per call, retried and counted here.
 
 Neither s3fs nor botocore repeats a request (each would multiply the other's patience): `persist`
-does. (aiohttp sends once more by itself when a connection is reset.) Errors are told apart by the answer's status and code, never by errno: s3fs maps 43 codes to
-EINVAL, and not every server fills in the message of a 412.
+does. (aiohttp sends once more by itself when a connection is reset.) Errors are told apart by the
+answer's status and code, never by errno: s3fs maps 43 codes to EINVAL, and not every server fills
+in the message of a 412.
 """
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
 import os
@@ -24,7 +26,16 @@ from vidbatch.errors import (
     UsageError,
     VidbatchError,
 )
-from vidbatch.storage.base import Entry, Store, StoreSettings, changed, check_put, persist, utc
+from vidbatch.storage.base import (
+    Entry,
+    Store,
+    StoreSettings,
+    changed,
+    check_put,
+    persist,
+    shown,
+    utc,
+)
 
 CONNECT_TIMEOUT_S = 10
 READ_TIMEOUT_S = 60
@@ -92,8 +103,8 @@ class S3Store(Store):
             token = page.get("NextContinuationToken")
             if not token or token == more.get("ContinuationToken"):
                 raise StoreError(
-                    f"{self.uri_of(prefix)}: the store says that there is more to list, but not"
-                    " where to go on",
+                    f"{shown(self.uri_of(prefix))}: the store says that there is more to"
+                    " list, but not where to go on",
                     kind="bad_answer",
                 )
             more = {"ContinuationToken": token}
@@ -140,8 +151,9 @@ class S3Store(Store):
         if not whole and first.partition("-")[0] != str(offset):
             self._drop(said)
             raise StoreError(
-                f"{self.uri_of(key)}: the store ignores Range, so each piece read would cost the"
-                " whole object; it is not read — use a store or a proxy that honours Range",
+                f"{shown(self.uri_of(key))}: the store ignores Range, so each piece read"
+                " would cost the whole object; it is not read — use a store or a proxy that honours"
+                " Range",
                 kind="no_range",
             )
         data = self._read(said, key)
@@ -163,7 +175,7 @@ class S3Store(Store):
             if error.kind != "source_changed":
                 raise
             raise ExistsInStore(
-                f"{self.uri_of(key)} exists: another attempt was first", kind="exists"
+                f"{shown(self.uri_of(key))} exists: another attempt was first", kind="exists"
             ) from error
 
     def remove(self, key: str) -> None:
@@ -203,7 +215,8 @@ class S3Store(Store):
 
     def _short(self, key: str, got: int, expected: int) -> StoreError:
         return StoreError(
-            f"{self.uri_of(key)}: the store sent {got} of {expected} bytes", kind="short_body"
+            f"{shown(self.uri_of(key))}: the store sent {got} of {expected} bytes",
+            kind="short_body",
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -245,7 +258,18 @@ def _new_connection(settings: StoreSettings) -> Any:
         **({"profile": settings.profile} if settings.profile else {}),
     )
     fs.retries = 1
+    fs.loop.set_exception_handler(_on_stray_error)
     return fs
+
+
+def _on_stray_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """For what no request waits for any more.
+
+    When a server dies, aiohttp forgets the task that was sending the body; the request itself has
+    failed and is sent again, so the task's own error is no news.
+    """
+    if not isinstance(context.get("exception"), ConnectionResetError):
+        loop.default_exception_handler(context)
 
 
 def _failures() -> tuple[type[Exception], ...]:
@@ -271,6 +295,7 @@ def _entry(key: str, size_bytes: int, etag: str, modified_at: datetime) -> Entry
 def _translate(error: Exception, uri: str) -> VidbatchError:
     """What went wrong, as a class of errors.py whose kind says whether to try again."""
     answer = getattr(error.__cause__, "response", None)
+    uri = shown(uri)
     if answer:
         code = str(answer.get("Error", {}).get("Code", ""))
         status = int(answer.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))

@@ -31,7 +31,7 @@ _SECRETS: tuple[tuple[re.Pattern[str], str], ...] = (
         re.compile(
             r"([\w-]{0,40}(?:secret|password|passwd|token|signature|credential|authorization"
             r"|access_?key|api_?key)[\w-]{0,40}[\"']?\s{0,3}[=:]\s{0,3})(?!\s*(?:bearer|basic)\b)"
-            r"[\"']?[^\s\"',;&)}\]]{1,4000}",
+            r"(?:\"[^\"]{1,4000}\"|'[^']{1,4000}'|[^\s\"',;&)}\]]{1,4000})",
             re.IGNORECASE,
         ),
         r"\1***",
@@ -109,13 +109,12 @@ def outcome_tables(
     """The tables `coverage` (a row per clip) and `failures` (a row per clip that is not ok).
 
     `start_s` of both is the clip's planned start, the same in every output and attempt: part of
-    the key. The other bounds are what the clip turned out to hold. A clip that failed has frames
-    0. Rows are sorted by the unique key.
+    the key. The other bounds are what the clip turned out to hold. Rows are sorted by that key.
 
     Raises:
-        ValueError: a bound is not finite.
+        ValueError: a bound is not finite, or a clip that failed counts frames.
     """
-    rows = sorted(((_row(task, o, run, now)) for o in outcomes), key=_by_start)
+    rows = sorted((_row(task, o, run, now) for o in outcomes), key=_by_start)
     return {
         "coverage": pa.Table.from_pylist(rows, schema=SCHEMAS["coverage"]),
         "failures": pa.Table.from_pylist(
@@ -134,16 +133,15 @@ def _row(task: Task, outcome: Outcome, run: str, now: datetime) -> dict[str, Any
     row = {fact.name: getattr(outcome, fact.name) for fact in _FACTS}
     message = None if outcome.reason is None else redact(outcome.reason)
     if not (abs(clip.start_s) < float("inf") and abs(outcome.end_s) < float("inf")):
-        raise ValueError(
-            f"clip [{clip.start_s}, {outcome.end_s}) of {clip.video.uri} is not finite"
-        )
+        raise ValueError(f"clip at {clip.start_s} s of {clip.video.uri} ends at {outcome.end_s}")
+    if outcome.status == "failed" and outcome.frames:
+        raise ValueError(f"a failed clip of {clip.video.uri} counts {outcome.frames} frames")
     return row | {
         "video_id": clip.video.video_id,
         "uri": clip.video.uri,
         "source": clip.video.source,
         "start_s": clip.start_s,
         "generation": task.generation,
-        "frames": 0 if outcome.status == "failed" else outcome.frames,
         "reason": message,
         "message": message,
         "run": run,
