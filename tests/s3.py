@@ -273,7 +273,7 @@ def make_bucket(server: Server) -> str:
 @cache
 def boto_client(endpoint_url: str, access_key: str, secret_key: str) -> Any:
     """A plain client, for what the product does not do; made once, as that takes 0.3 s."""
-    import boto3
+    import boto3  # type: ignore[import-untyped]
 
     return boto3.client(
         "s3",

@@ -122,9 +122,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _signed_without(
         self, names: tuple[str, ...], headers: dict[str, str], body: bytes
     ) -> dict[str, str]:
-        from botocore.auth import S3SigV4Auth
-        from botocore.awsrequest import AWSRequest
-        from botocore.credentials import Credentials
+        from botocore.auth import S3SigV4Auth  # type: ignore[import-untyped]
+        from botocore.awsrequest import AWSRequest  # type: ignore[import-untyped]
+        from botocore.credentials import Credentials  # type: ignore[import-untyped]
 
         server = self.proxy.server
         mine = (

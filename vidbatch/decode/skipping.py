@@ -206,9 +206,9 @@ class _Runner:
         for frame in frames:
             self._tally.frames += 1
             mark = frame.opaque
-            pts = mark.pts if isinstance(mark, Mark) else None
-            if frame.is_corrupt or pts is None or frame.pts != pts:
+            if frame.is_corrupt or not isinstance(mark, Mark) or frame.pts != mark.pts:
                 raise SkippingFailedError("a frame came out damaged", entry_holds=True)
+            pts = frame.pts
             if self._entry is not None and mark.number != self._entry:
                 raise SkippingFailedError("a keyframe does not decode alone")
             self._entry = None

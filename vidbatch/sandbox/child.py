@@ -28,9 +28,9 @@ from vidbatch.data import Clip, DecodeLimits, Frames, Geometry, Pixels, Sample, 
 from vidbatch.errors import MediaError, StoreError
 from vidbatch.sandbox import confine, wire
 
-BLOCK_BYTES = 2**20
-"""Small reads are served from blocks of this size: FFmpeg asks for 32 KiB, a trip is 50 µs."""
-BLOCKS = 8
+BLOCK_BYTES = 256 * 2**10
+"""FFmpeg asks for 64 KiB at a time; sources fetch in pages of this size, the rest is held."""
+BLOCKS = 32
 
 
 class AbandonedError(StoreError):
