@@ -244,6 +244,13 @@ def s3_server(
     server.stop()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks every test that asks for a server."""
+    for item in items:
+        if {"s3_server", "durable_s3"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker("s3")
+
+
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     """Says which S3 server the tests ran on."""
     for name in config.stash.get(_USED, []):

@@ -34,7 +34,7 @@ ODD_KEYS = [
     "s3://looks/like/a/uri".replace("//", "/"),
 ]
 
-ATOMIC = ["local", "s3"]
+ATOMIC = ["local", pytest.param("s3", marks=pytest.mark.s3)]
 """memory:// looks first and writes then."""
 
 

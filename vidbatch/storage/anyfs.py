@@ -111,15 +111,18 @@ class AnyStore(Store):
         end = min(offset + length, entry.size_bytes)
         if end <= offset:
             return b""
-        data: bytes = self._ask(
-            key, lambda: self._fs.cat_file(self._path(key), start=offset, end=end)
-        )
+
+        def read() -> bytes:
+            data: bytes = self._fs.cat_file(self._path(key), start=offset, end=end)
+            if len(data) != end - offset:
+                raise StoreError(
+                    f"{shown(self.uri_of(key))}: the store sent {len(data)} of {end - offset} bytes",
+                    kind="short_body",
+                )
+            return data
+
+        data: bytes = self._ask(key, read)
         self._seen(key, version)
-        if len(data) != end - offset:
-            raise StoreError(
-                f"{shown(self.uri_of(key))}: the store sent {len(data)} of {end - offset} bytes",
-                kind="short_body",
-            )
         return data
 
     def _seen(self, key: str, version: str | None) -> Entry:
