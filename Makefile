@@ -33,5 +33,12 @@ check: setup ## ruff and mypy --strict
 bench: setup ## ratios side by side: decode floor, vidbatch, Ray Data
 	$(PY) -m tests.bench.job
 
-engines: setup ## reads every table with two Spark versions (installs them below build/)
-	$(PY) -m pytest -m engines tests/test_engines.py
+ENGINES := build/engines
+
+engines: setup $(ENGINES)/spark-3.5/.done $(ENGINES)/spark-newest/.done ## reads every table with two Spark versions (needs Java 17; installs below build/)
+	ENGINES_DIR=$(CURDIR)/$(ENGINES) $(PY) -m pytest -m engines tests/test_engines.py
+
+$(ENGINES)/%/.done: tests/engines_env/%.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet $(PIP_ARGS) -r $<
+	touch $@

@@ -189,6 +189,10 @@ def _try(attack: Any) -> str:
         return type(error).__name__
 
 
+def _first(names: set[str]) -> str:
+    return sorted(names)[0]
+
+
 def _write_file() -> None:
     with Path("/tmp/vidbatch-escaped").open("w") as file:
         file.write("x")
@@ -204,7 +208,7 @@ def _read_parent_memory() -> int:
 
 
 ATTACKS = {
-    "env": lambda: dict(os.environ).keys() - {"OPENBLAS_NUM_THREADS", "LC_CTYPE"} or _refuse(),
+    "env": lambda: _first(os.environ.keys() - {"OPENBLAS_NUM_THREADS", "LC_CTYPE"}),
     "parent_env": lambda: Path(f"/proc/{os.getppid()}/environ").read_bytes(),
     "parent_memory": _read_parent_memory,
     "write_file": _write_file,
@@ -220,7 +224,3 @@ ATTACKS = {
     "raise_limit": lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64)),
     "pipe": lambda: os.pipe(),
 }
-
-
-def _refuse() -> None:
-    raise LookupError("nothing there")

@@ -144,23 +144,26 @@ class Driver:
         for output in world.outputs():
             log = ledger.append_plan(log, self.retries(output, listed))
         done = {o.fingerprint: ledger.done(o.fingerprint) for o in world.outputs()}
-        orders = [
-            (task, output)
-            for task, lacking in log.open_tasks(done, listed)
-            for output in world.outputs()
-            if output.fingerprint in lacking
-        ]
+        orders = sorted(
+            (
+                (int(position), output)
+                for output in world.outputs()
+                for position in log.todo(output.fingerprint, done[output.fingerprint], listed)
+            ),
+            key=lambda order: order[0],
+        )
         if self.rng.random() < 0.3:
             self.rng.shuffle(orders)  # else both drivers come to the same task at once
-        for attempt, (task, output) in enumerate(orders):
-            self.work(task, output, attempt)
+        for attempt, (position, output) in enumerate(orders):
+            self.work(log.task(position), output, attempt)
 
     def plan(self, log: PlanLog, listing: list[Video]) -> list[Task]:
         """Cuts what the log does not know, by a length that no other driver or night shares."""
         length = self.rng.choice([2, 3, None])
         by_day: dict[str, list[Clip]] = {}
-        for video in listing:
-            if video.video_id not in log:
+        known = log.knows([video.video_id for video in listing])
+        for video, old in zip(listing, known, strict=True):
+            if not old:
                 frames = self.world.frames[video.video_id]
                 by_day.setdefault(video.dt, []).extend(make_clips(video, frames, length))
         size = self.rng.randint(2, 4)

@@ -32,6 +32,7 @@ from tests.made_output import (
     TWICE,
     begin,
     outputs_of,
+    upload,
 )
 from vidbatch.data import ModelSpec
 from vidbatch.errors import NotFoundInStore, UsageError
@@ -359,18 +360,15 @@ def test_a_folder_whose_name_is_a_pattern(tmp_path: Path) -> None:
 
 @pytest.mark.s3
 def test_the_same_views_over_a_bucket(made_output: Path, s3_bucket: str) -> None:
-    from vidbatch.storage import open_store
-
-    store = open_store(f"s3://{s3_bucket}/deep/tables")
-    for path in made_output.rglob("*.parquet"):
-        store.put_new(str(path.relative_to(made_output)), path.read_bytes())
+    uri = f"s3://{s3_bucket}/deep/tables"
+    upload(made_output, uri)
     for query in (
         "SELECT count(*), round(sum(score), 3) FROM labels",
         "FROM minutes('face')",
         "SELECT round(sum(embedding[1]), 3) FROM embeddings_scene",
         "SELECT uri, model FROM failures ORDER BY ALL",
     ):
-        assert sql(store.uri, query).rows == sql(str(made_output), query).rows
+        assert sql(uri, query).rows == sql(str(made_output), query).rows
     with pytest.raises(NotFoundInStore, match="no such bucket"):
         sql("s3://no-such-bucket-anywhere/x", "FROM labels")
     assert sql(f"s3://{s3_bucket}/other", "FROM labels").rows == []

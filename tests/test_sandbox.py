@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -335,6 +336,9 @@ def test_an_abandoned_iterator_leaves_the_sandbox_usable(cage: Cage) -> None:
     del events  # the child waits for a slot, or is about to
     assert_works(cage)
     assert cage.pid == pid
+    events = play(cage, "frames-1")
+    assert [type(next(events)) for _ in range(3)][-1] is ClipEnd
+    assert_works(cage)  # who has seen the end need not close
     events = play(cage, "sleep-60")
     next(events)
     events.close()  # type: ignore[attr-defined]
@@ -371,7 +375,11 @@ def test_the_child_has_nothing_and_reaches_nothing(
         assert (proc / "cwd").readlink() == Path("/")
         descriptors = sorted(str(fd.readlink()).split(":")[0] for fd in (proc / "fd").iterdir())
     assert descriptors == ["/dev/null", "/dev/null", "pipe", "socket"]
-    assert [status[name].strip() for name in ("NoNewPrivs", "Seccomp", "Threads")] == ["1", "2", "1"]
+    assert [status[name].strip() for name in ("NoNewPrivs", "Seccomp", "Threads")] == [
+        "1",
+        "2",
+        "1",
+    ]
     assert [limits[f"Max {what}"] for what in ("file size", "core file size", "open files")] == [
         ["0", "0"]
     ] * 3
@@ -464,8 +472,6 @@ def test_a_child_that_cannot_start_is_told_with_its_cause() -> None:
     text=st.text(max_size=50),
 )
 def test_values_survive_the_wire(number: int, rate: Fraction, seconds: float, text: str) -> None:
-    import json
-
     info = VideoInfo(
         container=text,
         codec="",

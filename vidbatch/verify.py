@@ -191,7 +191,7 @@ class _Audit:
         for record in self.ledger.records(output):
             log = logs.get(record.sampling, PlanLog(record.sampling))
             if record.sampling not in positions:
-                ids = log.task_ids.to_pylist() if len(log) else []
+                ids = log.task_ids.to_pylist()
                 positions[record.sampling] = {task_id: i for i, task_id in enumerate(ids)}
             position = positions[record.sampling].get(record.task)
             if position is None:
@@ -219,7 +219,7 @@ class _Audit:
         if record is None:
             return None
         log = logs.get(record.sampling, PlanLog(record.sampling))
-        planned = int(log.clip_counts[log.generations == 0].sum()) if len(log) else 0
+        planned = int(log.clip_counts[log.generations == 0].sum())
         states = Counter(status for _, status in newest.values())
         return OutputCount(
             sample=record.sample,

@@ -6,8 +6,10 @@ token, made for the process and written nowhere. Ray's client port is never used
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
+import pickle
 import secrets
 import signal
 import socket
@@ -24,13 +26,17 @@ import vidbatch
 from vidbatch.cluster.client import credit_bytes
 from vidbatch.config import EngineConfig
 from vidbatch.errors import ClusterError, UsageError
+from vidbatch.pipeline.order import RunSpec
 from vidbatch.progress import human_bytes
 
 ANSWER_S = 10.0
-"""For a cluster's address to be answered; ray.init itself waits five minutes and ends the process."""
+"""For a cluster's address to answer; ray.init waits five minutes, then ends the process."""
 
 CPUS_PER_CPU_PREDICTOR = 8
 """On a cluster without GPUs: predicting on CPUs takes as long as decoding, give or take."""
+
+INLINE_BYTES = 90_000
+"""Ray puts arguments of 100 KiB and more into the object store."""
 
 BEAT_S = 1.0
 BEATS_PER_S = 200
@@ -60,6 +66,15 @@ class Pools:
     object_store: str
     """The bound on the object store, in words."""
     beat_s: float
+
+    @property
+    def line(self) -> str:
+        """The pools in words."""
+        reason = f" ({self.device_reason})" if self.device_reason else ""
+        return (
+            f"device {self.device}{reason}, {self.decoders} decoder{'s' * (self.decoders != 1)}, "
+            f"{self.predictors} predictor{'s' * (self.predictors != 1)}"
+        )
 
 
 # Ray ------------------------------------------------------------------------------------------
@@ -143,9 +158,8 @@ def _environment(local: bool) -> Iterator[None]:
     if "RAY_AUTH_MODE" not in os.environ:
         os.environ["RAY_AUTH_MODE"] = "token"
         # Ray reads the mode once, on import: this is how its own `ray.init` makes it look again
-        from ray._raylet import Config
-
-        Config.initialize("")
+        raylet: Any = importlib.import_module("ray._raylet")
+        raylet.Config.initialize("")
     if local:
         if not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ):
             os.environ["RAY_AUTH_TOKEN"] = _token
@@ -262,8 +276,18 @@ def plan_pools(engine: EngineConfig, *, local: bool, models: bool) -> Pools:
 # actors ---------------------------------------------------------------------------------------
 
 
+def pack_spec(spec: RunSpec) -> Any:
+    """The run's spec as an argument of predictors; to be held as long as they may be restarted.
+
+    Small ones travel inside the call: Ray complains of arguments in the object store, which could
+    be gone when it restarts an actor.
+    """
+    data = pickle.dumps(spec)
+    return data if len(data) <= INLINE_BYTES else ray.put(data)
+
+
 def make_predictor(cls: type[Any], spec: Any, pools: Pools) -> Any:
-    """A predictor actor, perhaps pending; `spec` is an ObjectRef of the run's spec.
+    """A predictor actor, perhaps pending; `spec` comes from `pack_spec`.
 
     Ray restarts it under the same handle as often as it dies: what kills it is found and left out
     by its clients, and the run's failure limit ends the rest.

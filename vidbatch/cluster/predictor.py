@@ -52,17 +52,17 @@ class Predictor:
     """See the module. Every method but `__init__` runs on an event loop and returns quickly.
 
     Args:
-        spec: of the run; its models are built here.
+        spec: of the run, pickled; its models are built here.
         device: "cpu" or "cuda" (the GPU that Ray gave this actor).
         threads: of torch on the CPU.
     """
 
-    def __init__(self, spec: RunSpec, device: str, threads: int) -> None:
-        self._spec = spec
+    def __init__(self, spec: bytes, device: str, threads: int) -> None:
+        self._spec: RunSpec = pickle.loads(spec)
         self._device = "cuda:0" if device == "cuda" else device
         self._threads = threads
         self._more = threading.Condition()
-        self._batcher = Batcher(max(m.spec.batch for m in spec.models))
+        self._batcher = Batcher(max(m.spec.batch for m in self._spec.models))
         self._runner: Runner | None = None
         self._staged: Staged | None = None
         self._staging = self._computing = self._paused = False
@@ -70,7 +70,7 @@ class Predictor:
         """When the oldest frame in the batcher came."""
         self._begun = 0.0
         """When the batch under work began."""
-        self._waiting: dict[int, Callable[[Answers], None]] = {}
+        self._waiting: dict[int, Callable[[Answers], Any]] = {}
         self._tickets = count()
         self._alone = asyncio.Lock()
         self._error: VidbatchError | None = None
@@ -134,7 +134,11 @@ class Predictor:
         loop = asyncio.get_running_loop()
         answered: asyncio.Future[Answers] = loop.create_future()
         ticket = next(self._tickets)
-        self._waiting[ticket] = lambda found: loop.call_soon_threadsafe(answered.set_result, found)
+
+        def give(found: Answers) -> None:
+            loop.call_soon_threadsafe(answered.set_result, found)
+
+        self._waiting[ticket] = give
         with self._more:
             if not len(self._batcher):
                 self._since = time.monotonic()
@@ -262,7 +266,7 @@ class Predictor:
             self._waiting.pop(ticket)(found)
 
     def _pause(self) -> None:
-        """Returns when both threads have nothing in their hands; they take nothing until resumed."""
+        """Returns when both threads hold nothing; they take nothing until resumed."""
         self._loaded.wait()
         with self._more:
             self._paused = True

@@ -59,18 +59,18 @@ def decode_clip(
         )
     rows = RowBuffer(Scaler(geometries), limits, first=clip.start_frame, context=context)
     plan = None if table is None else Plan(table, clip, sample, context)
-    skip, from_zero, fallback = True, False, None
+    skip, fallback = True, None
     while True:
         with open_video(source, max_pixels=limits.max_pixels) as video:
             work = _Pass(source, video, sample, rows, plan)
             try:
-                yield from work.skipping() if skip else work.in_order(from_zero=from_zero)
+                yield from work.skipping() if skip else work.in_order()
                 yield from work.finish(fallback)
                 return
             except SkippingFailedError as error:
                 if not (error.by_codec and sample.kind == "all"):
                     fallback = str(error)
-                skip, from_zero = False, not error.entry_holds
+                skip = False
             except IndexMismatchError as error:
                 if not clip.whole or plan is None:
                     raise MediaError(
@@ -117,18 +117,20 @@ class _Pass:
         for packets, first in segments:
             selection, clock = self._start(first)
             numbered = number_packets(video, self._plan.table if self._plan else None, packets)
-            for shown in decode_wanted(
-                video, numbered, inspect, selection, clock, first, self._tally
-            ):
+            tabled = self._plan is not None
+            wanted = decode_wanted(
+                video, numbered, inspect, selection, clock, first, self._tally, tabled=tabled
+            )
+            for shown in wanted:
                 yield from self._row(shown)
                 self._rows.settle(selection.settle())
                 yield from self._rows.chunks()
             self._rows.settle(selection.settle())
 
-    def in_order(self, *, from_zero: bool) -> Iterator[DecodeEvent]:
-        """Decodes everything from the first packet that rows need, or that the video has."""
+    def in_order(self) -> Iterator[DecodeEvent]:
+        """Decodes everything from the first packet of the video to the last of the clip."""
         plan = self._plan
-        packets, first = plan.whole(from_zero=from_zero) if plan else (None, 0)
+        packets, first = plan.whole() if plan else (None, 0)
         places = TablePlaces(plan.table, first, plan.end_frame) if plan else CountedPlaces()
         if packets is not None:
             self._expected = packets.stop - packets.start

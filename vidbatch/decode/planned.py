@@ -90,13 +90,9 @@ class Plan:
                 runs.append((slice(entries[i], stop), int(frames[i])))
         return runs
 
-    def whole(self, *, from_zero: bool) -> tuple[slice, int]:
-        """All packets from the one the first wanted frame needs, or from the video's first."""
-        start = 0
-        if not from_zero:
-            first = min(self.wanted, default=self.first_frame)
-            start = max(e for e in self._entries() if self._frame_at(e) <= first)
-        return slice(start, self.packets.stop), self._frame_at(start) if start else 0
+    def whole(self) -> tuple[slice, int]:
+        """All packets up to the clip's last, with the index of the first frame."""
+        return slice(0, self.packets.stop), 0
 
     def _entries(self) -> list[int]:
         """Packets that decoding can start at, as far as the container knows; 0 is one."""

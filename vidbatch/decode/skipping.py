@@ -6,13 +6,17 @@ times of all its frames are known, and so is which of them are rows. GOPs withou
 decoded; of others the packets up to the last wanted one, without those nothing refers to.
 
 What makes it exact is checked, not assumed: frames carry the number of their packet, the first one
-after a fresh start is the GOP's first, pts are those of the packets, all wanted frames come, undamaged.
-Whatever differs ends the quick path (SkippingFailedError) and the clip is decoded in order.
+is the GOP's first, pts are those of the packets, all wanted frames come, in order and undamaged. A
+GOP in which something is damaged is decoded whole, from an empty decoder like all others, so that
+its rows are the same however the video is cut. Timestamps or flags that cannot be relied on end the
+quick path (SkippingFailedError): then everything is decoded in order.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -31,9 +35,16 @@ from vidbatch.decode.tally import (
 from vidbatch.media import Facts, Inspector, OpenVideo
 from vidbatch.sampling import Clock
 
+UNREADABLE = Facts(entry=False, shown=True, layer=0)
+"""Of a packet whose bytes are not what the codec allows, where the table says that it is a picture."""
+
 MAX_HELD_BYTES = 64 * 2**20
 MAX_HELD_PACKETS = 20_000
 """A GOP beyond these is not held: it is a video with next to no keyframes, decoded in order."""
+
+
+class _DamagedError(Exception):
+    """This GOP does not decode as it should."""
 
 
 class _Held(NamedTuple):
@@ -52,9 +63,14 @@ class _Gop:
         self.nbytes = first.packet.size
         self.last_pts = first.pts
         self.reorders = False
+        """Whether pictures are shown in another order than they are decoded in."""
+        self.damaged = set[int]()
+        """Packets known to be damaged before they are decoded."""
+        self._note(first)
 
     def add(self, held: _Held) -> None:
         self.held.append(held)
+        self._note(held)
         self.nbytes += held.packet.size
         self.reorders |= held.pts < self.last_pts
         self.last_pts = max(self.last_pts, held.pts)
@@ -62,6 +78,10 @@ class _Gop:
             raise SkippingFailedError("timestamps step back past a keyframe")
         if self.nbytes > MAX_HELD_BYTES or len(self.held) > MAX_HELD_PACKETS:
             raise SkippingFailedError("keyframes are too far apart to hold what lies between")
+
+    def _note(self, held: _Held) -> None:
+        if held.facts is UNREADABLE or held.packet.is_corrupt:
+            self.damaged.add(held.mark.number)
 
 
 def decode_wanted(
@@ -72,11 +92,14 @@ def decode_wanted(
     clock: Clock,
     first_index: int,
     tally: Tally,
+    *,
+    tabled: bool,
 ) -> Iterator[Shown]:
     """Decodes what `selection` takes; yields these frames, in display order.
 
     Args:
         first_index: frame_index of the first frame of `packets`.
+        tabled: Whether a packet table vouches for every packet being one picture.
 
     Raises:
         SkippingFailedError: decode in order instead; what was yielded is right.
@@ -84,7 +107,7 @@ def decode_wanted(
     """
     runner = _Runner(video, tally)
     index, taken, ahead = first_index, set[int](), 0
-    for gop, following in _gops(packets, inspect, tally):
+    for gop, following in _gops(packets, inspect, tally, tabled):
         places = sorted((h for h in gop.held if h.shown), key=lambda h: h.pts)
         if any(a.pts == b.pts for a, b in pairwise(places)):
             raise SkippingFailedError("timestamps repeat")
@@ -107,11 +130,10 @@ def decode_wanted(
         index += len(places)
         tally.places = index
         yield from runner.decode(gop, wanted)
-    yield from runner.drain()
 
 
 def _gops(
-    packets: NumberedPackets, inspect: Inspector, tally: Tally
+    packets: NumberedPackets, inspect: Inspector, tally: Tally, tabled: bool
 ) -> Iterator[tuple[_Gop, _Held | None]]:
     """Each GOP with the first packet of the next one, which is its first shown too."""
     gop: _Gop | None = None
@@ -119,10 +141,9 @@ def _gops(
     for mark, packet in packets:
         tally.packets += 1
         facts = inspect(bytes(packet))
-        if facts is None:
+        if facts is None and not tabled:
             raise SkippingFailedError("a packet is not one whole picture")
-        if packet.is_corrupt:
-            raise SkippingFailedError("a packet is damaged", entry_holds=True)
+        facts = facts or UNREADABLE
         if mark.pts is None:
             if facts.shown:
                 raise SkippingFailedError("timestamps are missing")
@@ -154,74 +175,88 @@ def _gops(
 
 
 class _Runner:
-    """Feeds the decoder and checks what comes out."""
+    """Feeds the decoder one GOP at a time, always from empty to empty, and checks what comes out."""
 
     def __init__(self, video: OpenVideo, tally: Tally) -> None:
         self._video = video
         self._context = video.stream.codec_context
         self._tally = tally
-        self._expected: dict[int, Shown] = {}
-        self._running = False
-        self._entry: int | None = None
-        self._last: int | None = None
 
     def decode(self, gop: _Gop, wanted: dict[int, Shown]) -> Iterator[Shown]:
+        """The wanted frames of a GOP: places by packet number, in display order."""
         if not wanted:
-            yield from self.drain()
             return
-        if not self._running:
-            self._entry = gop.held[0].mark.number if gop.held[0].shown else None
-        self._running = True
-        self._expected.update(wanted)
+        done = -1
+        try:
+            if gop.damaged:
+                raise _DamagedError
+            for shown in self._quick(gop, wanted):
+                done = shown.index
+                yield shown
+        except _DamagedError:
+            rest = {n: s for n, s in wanted.items() if s.index > done}
+            yield from self._thorough(gop, rest)
+
+    def _quick(self, gop: _Gop, wanted: dict[int, Shown]) -> Iterator[Shown]:
         count = 1 + max(i for i, h in enumerate(gop.held) if h.mark.number in wanted)
         top = max(h.facts.layer for h in gop.held)
         # Decode times in the place of pts show only when nothing is left out.
         doubtful = not gop.reorders and self._context.reorder_depth > 0
         if doubtful:
             count = len(gop.held)
-        for held in gop.held[:count]:
-            needed = doubtful or held.mark.number in wanted or held.facts.layer < top
-            self._context.skip_frame = "DEFAULT" if needed else "NONREF"
-            held.packet.opaque = held.mark
-            yield from self._check(self._send(held.packet))
-        if count < len(gop.held):
-            yield from self.drain()
+        expected = deque(wanted.values())
+        entry = gop.held[0].mark.number if gop.held[0].shown else None
+        last: int | None = None
+        for held in [*gop.held[:count], None]:
+            if held is not None:
+                needed = doubtful or held.mark.number in wanted or held.facts.layer < top
+                self._context.skip_frame = "DEFAULT" if needed else "NONREF"
+            for frame in self._send(held):
+                self._tally.frames += 1
+                mark = frame.opaque
+                if frame.is_corrupt or not isinstance(mark, Mark) or frame.pts != mark.pts:
+                    raise _DamagedError
+                if entry is not None and mark.number != entry:
+                    raise _DamagedError
+                entry = None
+                if last is not None and frame.pts <= last:
+                    raise SkippingFailedError("frames come out in another order than pts say")
+                last = frame.pts
+                if expected and expected[0].pts is not None and expected[0].pts < last:
+                    raise _DamagedError
+                if mark.number in wanted:
+                    yield replace(expected.popleft(), frame=frame)
+        if expected:
+            raise _DamagedError
+        self._context.flush_buffers()
 
-    def drain(self) -> Iterator[Shown]:
-        """Brings out what the decoder still holds and empties it."""
-        if self._running:
-            yield from self._check(self._send(None))
-            if self._expected:
-                raise SkippingFailedError("a wanted frame did not come out", entry_holds=True)
-            self._context.flush_buffers()
-            self._running = False
-
-    def _send(self, packet: VideoPacket | None) -> list[VideoFrame]:
-        try:
-            return self._video.decode(packet)
-        except av.FFmpegError as error:
-            raise SkippingFailedError("a packet could not be decoded", entry_holds=True) from error
-
-    def _check(self, frames: list[VideoFrame]) -> Iterator[Shown]:
-        for frame in frames:
-            self._tally.frames += 1
-            mark = frame.opaque
-            if frame.is_corrupt or not isinstance(mark, Mark) or frame.pts != mark.pts:
-                raise SkippingFailedError("a frame came out damaged", entry_holds=True)
-            pts = frame.pts
-            if self._entry is not None and mark.number != self._entry:
-                raise SkippingFailedError("a keyframe does not decode alone")
-            self._entry = None
-            # Wanted frames wait in display order.
-            late = next(iter(self._expected.values()), None)
-            if (self._last is not None and pts <= self._last) or (
-                late is not None and late.pts is not None and late.pts < pts
-            ):
-                raise SkippingFailedError("frames come out in another order than timestamps say")
-            self._last = pts
-            shown = self._expected.pop(mark.number, None)
-            if shown is None:
+    def _thorough(self, gop: _Gop, wanted: dict[int, Shown]) -> Iterator[Shown]:
+        """All of a GOP that holds damage: what does not come out is a hole, and stays in this GOP."""
+        self._context.flush_buffers()
+        self._context.skip_frame = "DEFAULT"
+        waiting = dict(wanted)
+        for held in [*gop.held, None]:
+            try:
+                frames = self._send(held)
+            except _DamagedError:
+                self._tally.errors += 1
                 continue
-            yield Shown(
-                index=shown.index, pts=shown.pts, time=shown.time, key=shown.key, frame=frame
-            )
+            for frame in frames:
+                self._tally.frames += 1
+                mark = frame.opaque if isinstance(frame.opaque, Mark) else None
+                corrupt = frame.is_corrupt or mark is None or mark.number in gop.damaged
+                self._tally.corrupt += corrupt
+                shown = waiting.pop(mark.number, None) if mark is not None else None
+                if shown is not None:
+                    for late in [n for n, s in waiting.items() if s.index < shown.index]:
+                        del waiting[late]
+                    yield replace(shown, frame=frame, corrupt=corrupt)
+        self._context.flush_buffers()
+
+    def _send(self, held: _Held | None) -> list[VideoFrame]:
+        if held is not None:
+            held.packet.opaque = held.mark
+        try:
+            return self._video.decode(held.packet if held is not None else None)
+        except av.FFmpegError as error:
+            raise _DamagedError from error

@@ -15,10 +15,8 @@ from av.video.stream import VideoStream
 class SkippingFailedError(Exception):
     """Skipping cannot be proven exact here, and why: everything is to be decoded in order instead."""
 
-    def __init__(self, why: str, *, entry_holds: bool = False, by_codec: bool = False) -> None:
+    def __init__(self, why: str, *, by_codec: bool = False) -> None:
         super().__init__(why)
-        self.entry_holds = entry_holds
-        """Whether the clip's own first packet is still known to be a place to start at."""
         self.by_codec = by_codec
         """Whether nothing is wrong: skipping is not known for this codec."""
 

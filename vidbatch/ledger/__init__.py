@@ -3,6 +3,7 @@
 plan_log   clips and tasks, cut once per sampling rule
 commit     part files and the record that makes them count
 retries    failed clips that come back
+runs       run folders, and the tables `models` and `runs`
 fetch      many small objects at once
 
 All of it lies under `_vidbatch/`, which no reader of the tables needs, and every object is
@@ -12,18 +13,14 @@ create-only: many drivers and workers may run at once, and any may be killed at 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from datetime import datetime
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow as pa
-import yaml
 
 from vidbatch.data import Outcome, Output, Task
-from vidbatch.errors import ExistsInStore, InfraError, NotFoundInStore, RefusedError
+from vidbatch.errors import InfraError, NotFoundInStore, RefusedError
 from vidbatch.ledger.commit import (
     COMMITS,
     MIXED,
@@ -35,18 +32,14 @@ from vidbatch.ledger.commit import (
 from vidbatch.ledger.fetch import fetch
 from vidbatch.ledger.plan_log import PlanLog, decode_chunk, encode_chunk
 from vidbatch.ledger.retries import MAX_GENERATION, RETRIES, retry_tasks
+from vidbatch.ledger.runs import LastJob, Runs
 from vidbatch.tables import (
     SCHEMA_VERSION,
     SCHEMAS,
     empty_part_key,
     encode,
     file_metadata,
-    read,
-    record_key,
 )
-
-if TYPE_CHECKING:
-    from vidbatch.storage import Store
 
 __all__ = [
     "COMMITS",
@@ -56,32 +49,18 @@ __all__ = [
     "RETRIES",
     "CommitRecord",
     "CommitResult",
+    "LastJob",
     "Ledger",
     "PartFile",
     "PlanLog",
 ]
 
 PLANS = "_vidbatch/plans"
-RUNS = "_vidbatch/runs"
 OUTPUT = "_vidbatch/output.json"
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LastJob:
-    """A run and the job it ran."""
-
-    run: str
-    job: Mapping[str, Any]
-    """As `config.parse_job` takes it."""
-
-
-class Ledger:
+class Ledger(Runs):
     """The records below one output root. Holds nothing but the store; safe to make anywhere."""
-
-    def __init__(self, store: Store) -> None:
-        self.store = store
 
     # the output as a whole
 
@@ -155,14 +134,6 @@ class Ledger:
             self._create(empty_part_key(name), data)
         for key, data in files.items():
             self._create(key, data)
-
-    def _create(self, key: str, data: bytes) -> bool:
-        """Whether this call made the object; False: one is there already, and stays."""
-        try:
-            self.store.put_new(key, data)
-        except ExistsInStore:
-            return False
-        return True
 
     # the plan
 
@@ -306,87 +277,6 @@ class Ledger:
             versions=versions,
         ).run_through()
 
-    # runs
-
-    def start_run(self, run: str, job: Mapping[str, Any]) -> None:
-        """Writes `runs/<run>/job.yaml`. Raises ExistsInStore: a run of that name is there."""
-        text = yaml.safe_dump(dict(job), sort_keys=False, allow_unicode=True)
-        self.store.put_new(f"{RUNS}/{_name(run)}/job.yaml", text.encode())
-
-    def last_job(self) -> LastJob | None:
-        """The newest run and its job (as it was resolved), or None where no run ever began."""
-        runs = {k.split("/")[2] for k in self.store.list_keys(RUNS + "/") if k.endswith("/job.yaml")}
-        if not runs:
-            return None
-        run = max(runs)  # a run's name begins with its start
-        job = yaml.safe_load(self.store.get(f"{RUNS}/{run}/job.yaml"))
-        job.pop("versions", None)
-        return LastJob(run=run, job=job)
-
-    def write_event(self, run: str, writer: str, n: int, lines: Sequence[str]) -> None:
-        """Writes the `n`-th batch of a writer's JSON lines as one whole object."""
-        key = f"{RUNS}/{_name(run)}/events/{_name(writer)}-{n:06d}.jsonl"
-        self._create(key, "".join(line + "\n" for line in lines).encode())
-
-    def finish_run(
-        self, run: str, summary: Mapping[str, Any], row: Mapping[str, Any] | None = None
-    ) -> None:
-        """Writes `runs/<run>/summary.json` and, with `row`, the run's row of the table `runs`.
-
-        Raises:
-            ValueError: `row` has a column that the table has not.
-        """
-        data = json.dumps(summary, indent=1, default=str).encode()
-        self._create(f"{RUNS}/{_name(run)}/summary.json", data)
-        if row is not None:
-            self._put_row("runs", run, {"run": run, **row})
-
-    def write_models(self, outputs: Sequence[Output], run: str) -> None:
-        """Registers the models of some outputs in the table `models`, each once for ever."""
-        for output in outputs:
-            spec = output.spec
-            if spec is not None:
-                row = {
-                    "fingerprint": output.fingerprint,
-                    "name": spec.name,
-                    "version": spec.version,
-                    "model": output.partition,
-                    "adapter": spec.adapter,
-                    "kind": spec.kind,
-                    "dim": spec.dim,
-                    "normalised": spec.normalised,
-                    "labels": list(spec.labels),
-                    "thresholds": spec.thresholds,
-                    "weights_sha256": json.dumps(dict(spec.weights_sha256), sort_keys=True),
-                    "config": spec.config,
-                    "first_run": run,
-                }
-                self._put_row("models", output.fingerprint, row)
-
-    def model_names(self) -> set[str]:
-        """Names of the models that ever ran here; reads the few small files of `models`."""
-        keys = [k for k in self.store.list_keys(record_key("models", "x").rsplit("/", 1)[0] + "/")]
-        return {n for key in keys for n in read(self.store.get(key))["name"].to_pylist()}
-
-    def _put_row(self, table: str, name: str, row: Mapping[str, Any]) -> None:
-        unknown = row.keys() - set(SCHEMAS[table].names)
-        if unknown:
-            raise ValueError(f"table {table} has no column {sorted(unknown)}")
-        rows = pa.Table.from_pylist([dict(row)], schema=SCHEMAS[table])
-        self._create(record_key(table, _name(name)), encode(table, rows, file_metadata(table)))
-
 
 def _chunk_key(sampling: str, n: int) -> str:
     return f"{PLANS}/{sampling}/{n:08d}.parquet"
-
-
-def _name(text: str) -> str:
-    """`text` if it may be one level of a key. Raises ValueError."""
-    if not _NAME.fullmatch(text):
-        raise ValueError(f"{text!r} cannot be part of a key")
-    return text
-
-
-def run_name(started_at: datetime, token: str) -> str:
-    """A label for a run: its start (UTC, seconds) and some random hex; never an identity."""
-    return f"{started_at:%Y%m%dT%H%M%S}-{token}"

@@ -10,10 +10,10 @@ from datetime import UTC, datetime
 from typing import Any, TypedDict
 
 from vidbatch.ledger import COMMITS, CommitRecord, Ledger
+from vidbatch.ledger.fetch import fetch
+from vidbatch.ledger.runs import RUNS
 from vidbatch.progress import Counts
 from vidbatch.storage import StoreSettings, open_store
-
-RUNS = "_vidbatch/runs"
 
 SILENT_AFTER_S = 1800.0
 """Without an event for so long a run without a summary counts as dead: three times a task."""
@@ -114,8 +114,8 @@ def _from_events(ledger: Ledger, run: str, keys: Sequence[str], now: datetime) -
     counts, kinds = Counts(), Counter[str]()
     committed: dict[str, Counter[str]] = {}
     times: list[datetime] = []
-    for key in sorted(keys):
-        for line in ledger.store.get(key).decode().splitlines():
+    for data in fetch(ledger.store, sorted(keys)):
+        for line in data.decode().splitlines():
             event = json.loads(line)
             times.append(datetime.fromisoformat(event["t"]))
             if event["event"] == "task":

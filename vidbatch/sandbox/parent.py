@@ -163,20 +163,20 @@ class Sandbox:
         max_frames = limits.chunk_frames + 1
         with self._lease(clip.video.uri, slot_bytes) as process:
             expected: tuple[str, ...] = ("info",)
+            end: ClipEnd | None = None
             for header, payload in self._converse(process, source, job, max_frames):
                 if header["op"] not in expected:
-                    wanted = " or ".join(expected)
-                    raise wire.BreachError(f"{header['op']!r} instead of {wanted}")
+                    raise wire.BreachError(f"{header['op']!r} out of turn")
                 expected = ("frames", "end")
                 if header["op"] == "info":
                     yield wire.unpack(VideoInfo, header.get("value"))
                 elif header["op"] == "frames":
                     yield self._frames(process, header, payload, geometries, max_frames)
                 else:
-                    expected = ("done",)
-                    yield wire.unpack(ClipEnd, header.get("value"))
-            if expected != ("done",):
+                    end, expected = wire.unpack(ClipEnd, header.get("value")), ()
+            if end is None:
                 raise wire.BreachError("done before the end")
+        yield end  # the sandbox is free again: who stops here need not close the iterator
 
     def probe(
         self, source: ByteSource, *, limits: DecodeLimits, length_s: float, uri: str = "a video"
@@ -225,11 +225,11 @@ class Sandbox:
                     process.idle = True
                     return
                 case "error":
-                    words = {
-                        n: wire.unpack(str, header.get(n)) for n in ("message", "kind", "advice")
-                    }
+                    message, kind, advice = (
+                        wire.unpack(str, header.get(n)) for n in ("message", "kind", "advice")
+                    )
                     process.idle = True
-                    raise MediaError(words["message"], kind=words["kind"], advice=words["advice"])
+                    raise MediaError(message, kind=kind, advice=advice)
                 case "bug":
                     what = wire.unpack(str, header.get("what"))
                     raise ChildGoneError("decoder_crash", f"failed with {what}")

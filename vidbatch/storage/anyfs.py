@@ -115,10 +115,8 @@ class AnyStore(Store):
         def read() -> bytes:
             data: bytes = self._fs.cat_file(self._path(key), start=offset, end=end)
             if len(data) != end - offset:
-                raise StoreError(
-                    f"{shown(self.uri_of(key))}: the store sent {len(data)} of {end - offset} bytes",
-                    kind="short_body",
-                )
+                what = f"the store sent {len(data)} of {end - offset} bytes"
+                raise StoreError(f"{shown(self.uri_of(key))}: {what}", kind="short_body")
             return data
 
         data: bytes = self._ask(key, read)

@@ -20,6 +20,7 @@ from vidbatch.tables.parquet import (
     keys_ascend,
     read,
     read_footer,
+    read_metadata,
     sort_rows,
     write,
 )
@@ -58,6 +59,7 @@ __all__ = [
     "part_key",
     "read",
     "read_footer",
+    "read_metadata",
     "record_key",
     "redact",
     "result_tables",

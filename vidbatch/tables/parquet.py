@@ -130,6 +130,15 @@ def read(
     return _read(_open(data, as_dictionary), columns)
 
 
+def read_metadata(data: bytes) -> dict[str, str]:
+    """The key-value metadata of a Parquet file. Raises InfraError: it is no whole one."""
+    return _metadata(_open(data))
+
+
+def _metadata(file: pq.ParquetFile) -> dict[str, str]:
+    return {k.decode(): v.decode() for k, v in (file.metadata.metadata or {}).items()}
+
+
 def read_footer(data: bytes) -> Footer:
     """What a part file says of itself, without decoding a row.
 
@@ -155,7 +164,7 @@ def _read(file: pq.ParquetFile, columns: Sequence[str] | None) -> pa.Table:
 
 
 def _footer(file: pq.ParquetFile) -> Footer:
-    values = {k.decode(): v.decode() for k, v in (file.metadata.metadata or {}).items()}
+    values = _metadata(file)
     try:
         return Footer(
             table=values[_PREFIX + "table"],

@@ -1,0 +1,78 @@
+"""A place in the pool of decoders, whatever actor holds it at the moment."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+
+from vidbatch.cluster.decoder import Beat
+from vidbatch.pipeline.order import WorkOrder
+
+SHORT_TASK_S = 5.0
+"""Behind an order of at most so much planned work a second one is queued, so that the decoder need
+not wait for the driver; behind a longer one it could wait while another decoder has nothing."""
+
+
+@dataclass(slots=True, eq=False)
+class Flight:
+    """An order at a decoder."""
+
+    order: WorkOrder
+    done: bool = False
+    """Ended, or buried with its actor: whatever is still said of it is late."""
+
+
+@dataclass(slots=True, eq=False)
+class Slot:
+    """See the module."""
+
+    index: int
+    handle: Any = None
+    ready: bool = False
+    flights: deque[Flight] = field(default_factory=deque)
+    """The first is under work, the second queued behind it."""
+    beat: Beat = field(default_factory=lambda: Beat(seq=0))
+    moved_at: float = 0.0
+    """When the order under work was last seen to make progress."""
+    asking: bool = False
+    """Whether a call of `progress` is out."""
+    past_restarts: int = 0
+    """Of decoder processes, under actors before this one."""
+
+    @property
+    def has_room(self) -> bool:
+        """Whether it may be given an order."""
+        if not self.flights:
+            return self.ready
+        return len(self.flights) == 1 and self.flights[0].order.task.cost_s <= SHORT_TASK_S
+
+    @property
+    def committing(self) -> bool:
+        """Whether the order under work has begun to commit."""
+        return self.names_order and self.beat.stage == "commit"
+
+    @property
+    def names_order(self) -> bool:
+        """Whether the newest beat speaks of the order under work."""
+        return bool(self.flights) and self.beat.task_id == self.flights[0].order.task.task_id
+
+    def clip_under_work(self) -> int:
+        """Position of the clip that was under work when last heard of; -1: nobody knows."""
+        return self.beat.clip if self.names_order and self.beat.stage != "commit" else -1
+
+    def occupy(self, handle: Any) -> None:
+        """A new actor takes the place; it is not up yet."""
+        self.past_restarts += self.beat.child_restarts
+        self.handle, self.ready, self.asking, self.beat = handle, False, False, Beat(seq=0)
+
+    def vacate(self) -> None:
+        """Ends the actor, whatever it does."""
+        for flight in self.flights:
+            flight.done = True
+        self.flights.clear()
+        if self.handle is not None:
+            ray.kill(self.handle)  # it may be alive behind a broken connection
+        self.handle, self.ready = None, False
