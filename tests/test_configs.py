@@ -91,6 +91,7 @@ def test_paths_are_relative_to_the_file_and_overrides_win(tmp_path: Path) -> Non
     assert job.output.uri == str(tmp_path / "elsewhere")
     assert not job.limits.isolate
     assert str(job.sample.rule().fps) == "2997/100"
+    assert load_job(path, ["archive.include=**/*.mp4"]).archive.include == ("**/*.mp4",)
     assert load_job(path, ["sample.all=true"]).sample.rule().kind == "all"
     again = parse_job(job.dump(), base_dir=Path("/elsewhere"))
     assert isinstance(again, Job) and again == job

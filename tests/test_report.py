@@ -99,6 +99,8 @@ def test_status_counts_what_is_planned_and_committed(made_output: Path) -> None:
         ("fps1", "scene-v2"): (7, 3), ("fps2", "frames"): (1, 1), ("fps2", "faces-v1.0"): (1, 1),
     }  # fmt: skip
     assert {k: (o["planned"], o["committed"]) for k, o in outputs.items()} == expected
+    touched = {k for k, o in outputs.items() if o["in_last_run"]}
+    assert touched == {("fps2", "frames"), ("fps2", "faces-v1.0")}
     assert json.loads(json.dumps(found)) == found
     text = shown(report.status_table(found))
     assert "3 of 7 tasks committed" in text and "4 open" in text

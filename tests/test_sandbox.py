@@ -2,37 +2,30 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import fields
-from datetime import UTC, datetime
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from tests import hostile
-from vidbatch.data import (
-    Clip,
-    ClipEnd,
-    DecodeEvent,
-    DecodeLimits,
-    Frames,
-    Geometry,
-    Sample,
-    Video,
-    VideoInfo,
+from tests.cages import (
+    ALL,
+    SMALL,
+    Bytes,
+    Cage,
+    assert_equal,
+    assert_works,
+    make_clip,
+    play,
+    wait_gone,
 )
+from vidbatch.data import ClipEnd, DecodeLimits, Frames, Geometry, Sample
 from vidbatch.errors import (
     DecoderDied,
     InfraError,
@@ -42,97 +35,7 @@ from vidbatch.errors import (
     UsageError,
     VidbatchError,
 )
-from vidbatch.sandbox import InProcess, Sandbox, wire
-
-SMALL = (Geometry(width_px=16, height_px=12), Geometry(width_px=7, height_px=5, fit="crop"))
-ALL = Sample(kind="all")
-NOW = datetime(2026, 1, 2, tzinfo=UTC)
-
-
-class Cage(Sandbox):
-    """A sandbox whose child runs the misbehaving decoders of tests/hostile.py."""
-
-    MODULES = ("tests.hostile", "tests.hostile")
-
-
-class Bytes:
-    """A ByteSource over bytes in memory; `fail_at` makes the n-th read raise `error`."""
-
-    def __init__(self, data: bytes, fail_at: int = -1, error: Exception | None = None) -> None:
-        self.data, self.size_bytes = data, len(data)
-        self.fail_at, self.error = fail_at, error
-        self.reads: list[tuple[int, int]] = []
-
-    def read_at(self, offset: int, length: int) -> bytes:
-        self.reads.append((offset, length))
-        if self.error is not None and len(self.reads) > self.fail_at:
-            raise self.error
-        return self.data[offset : offset + length]
-
-
-def make_clip(uri: str) -> Clip:
-    """All of a video of that name."""
-    video = Video(
-        uri=uri,
-        version="1",
-        size_bytes=1,
-        modified_at=NOW,
-        listed_at=NOW,
-        captured_at=None,
-        captured_from="modified",
-        dt="2026-01-02",
-        source="",
-    )
-    return Clip(video=video)
-
-
-def play(
-    sandbox: Sandbox,
-    deed: str,
-    source: Bytes | None = None,
-    geometries: tuple[Geometry, ...] = SMALL,
-    **limits: int,
-) -> Iterator[DecodeEvent]:
-    """Lets a deed of tests/hostile.py happen."""
-    return sandbox.decode(
-        source or Bytes(b"\0" * 50_000),
-        make_clip(f"s3://bucket/{deed}"),
-        sample=ALL,
-        geometries=geometries,
-        context=True,
-        limits=DecodeLimits(**limits),
-    )
-
-
-def assert_works(sandbox: Sandbox) -> None:
-    """The next clip is decoded as if nothing had happened."""
-    began_s = time.monotonic()
-    assert [type(e) for e in play(sandbox, "frames-1")] == [VideoInfo, Frames, ClipEnd]
-    print(f"the next clip took {time.monotonic() - began_s:.3f} s")
-
-
-def assert_equal(ours: Frames, theirs: Frames) -> None:
-    """Every column and every pixel, types included."""
-    for column in fields(Frames):
-        a, b = getattr(ours, column.name), getattr(theirs, column.name)
-        if column.name == "context":
-            assert a == b
-        elif column.name == "pixels":
-            assert a.keys() == b.keys()
-            for key in b:
-                np.testing.assert_array_equal(a[key], b[key])
-                assert a[key].dtype == np.uint8 and a[key].flags.c_contiguous
-        else:
-            np.testing.assert_array_equal(a, b)
-            assert a.dtype == b.dtype, column.name
-
-
-def wait_gone(pid: int) -> None:
-    """Waits until there is no such process; the test's time limit is the bound."""
-    while Path(f"/proc/{pid}/stat").exists():
-        if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
-            return
-        time.sleep(0.01)
+from vidbatch.sandbox import InProcess, Sandbox
 
 
 @pytest.fixture(scope="module")
@@ -347,75 +250,6 @@ def test_an_abandoned_iterator_leaves_the_sandbox_usable(cage: Cage) -> None:
     assert cage.last_exit == "did not stop when asked to"
 
 
-@pytest.mark.parametrize("lie", hostile.LIES)
-def test_nothing_a_hostile_child_says_is_believed(cage: Cage, lie: str) -> None:
-    with pytest.raises(DecoderDied, match="broke the protocol") as caught:
-        list(play(cage, f"raw-{lie}"))
-    assert caught.value.kind == "decoder_crash"
-
-
-def test_no_chunk_reaches_beyond_its_slot() -> None:
-    with Cage() as cage, pytest.raises(DecoderDied, match="136256 bytes in slot 0"):
-        list(play(cage, "fat", chunk_bytes=1000))
-
-
-def test_the_child_has_nothing_and_reaches_nothing(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "canary-7f3a")
-    canary = Path("/tmp/vidbatch-canary")
-    canary.touch()
-    with Cage() as cage, canary.open():
-        *_, end = play(cage, "attack")
-        proc = Path(f"/proc/{cage.pid}")
-        status = dict(line.split(":\t", 1) for line in (proc / "status").read_text().splitlines())
-        limits = {line[:26].strip(): line[26:].split()[:2] for line in open_limits(proc)}
-        assert b"canary" not in (proc / "environ").read_bytes() + (proc / "cmdline").read_bytes()
-        assert (proc / "environ").read_bytes() == b""
-        assert (proc / "cwd").readlink() == Path("/")
-        descriptors = sorted(str(fd.readlink()).split(":")[0] for fd in (proc / "fd").iterdir())
-    assert descriptors == ["/dev/null", "/dev/null", "pipe", "socket"]
-    assert [status[name].strip() for name in ("NoNewPrivs", "Seccomp", "Threads")] == [
-        "1",
-        "2",
-        "1",
-    ]
-    assert [limits[f"Max {what}"] for what in ("file size", "core file size", "open files")] == [
-        ["0", "0"]
-    ] * 3
-    assert int(limits["Max address space"][1]) < 10 * 2**30
-    assert isinstance(end, ClipEnd) and end.reason is not None
-    attacks = dict(part.split(": ", 1) for part in end.reason.split("; "))
-    assert attacks.keys() == hostile.ATTACKS.keys()
-    assert not [f"{name}: {end}" for name, end in attacks.items() if end.startswith("DONE")]
-    assert canary.exists() and not Path("/tmp/vidbatch-escaped").exists()
-    canary.unlink()
-
-
-def open_limits(proc: Path) -> list[str]:
-    """The lines of /proc/<pid>/limits without the heading."""
-    return (proc / "limits").read_text().splitlines()[1:]
-
-
-def test_children_die_with_their_parent() -> None:
-    program = (
-        "import sys, os, time; from tests.test_sandbox import *\n"
-        "cage = Cage(); events = play(cage, 'spin'); next(events)\n"
-        "spare = cage._spare.result().pid\n"
-        "print(cage.pid, spare, flush=True); time.sleep(60)"
-    )
-    root = str(Path(__file__).parents[1])
-    with subprocess.Popen(
-        [sys.executable, "-c", program], stdout=subprocess.PIPE, cwd=root
-    ) as parent:
-        assert parent.stdout is not None
-        pids = [int(word) for word in parent.stdout.readline().split()]
-        assert len(pids) == 2 and all(Path(f"/proc/{pid}").exists() for pid in pids)
-        parent.kill()
-    for pid in pids:
-        wait_gone(pid)
-
-
 def test_a_sandbox_outlives_the_thread_that_made_it() -> None:
     made: list[Cage] = []
 
@@ -463,59 +297,6 @@ def test_a_child_that_cannot_start_is_told_with_its_cause() -> None:
         for _ in range(2):
             with pytest.raises(InfraError, match="there_is_no_such_module"):
                 next(play(sandbox, "frames-1"))
-
-
-@given(
-    number=st.integers(-(2**63) + 1, 2**63 - 1),
-    rate=st.fractions(min_value=0, max_value=2**20, max_denominator=2**40),
-    seconds=st.floats(allow_nan=False, allow_infinity=False),
-    text=st.text(max_size=50),
-)
-def test_values_survive_the_wire(number: int, rate: Fraction, seconds: float, text: str) -> None:
-    info = VideoInfo(
-        container=text,
-        codec="",
-        width_px=number,
-        height_px=2,
-        rotation_deg=0,
-        time_base=Fraction(1, 90_000),
-        rate=rate,
-        start_s=seconds,
-        duration_s=None,
-        frame_count=None,
-        audio_codec=None,
-        audio_rate_hz=number,
-    )
-    back = wire.unpack(VideoInfo, json.loads(json.dumps(wire.pack(info))))
-    assert wire.printable(text) == back.container
-    assert {f: getattr(back, f) for f in VideoInfo.__slots__ if f != "container"} == {
-        f: getattr(info, f) for f in VideoInfo.__slots__ if f != "container"
-    }
-    clip = make_clip("s3://b/k")
-    assert wire.unpack(Clip, json.loads(json.dumps(wire.pack(clip)))) == clip
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("width_px", 2**63),
-        ("width_px", 1.0),
-        ("width_px", True),
-        ("width_px", None),
-        ("codec", 5),
-        ("codec", "x" * 3000),
-        ("time_base", "1/0"),
-        ("time_base", "1/2/3"),
-        ("time_base", "9" * 2000),
-        ("start_s", float("inf")),
-        ("start_s", "1"),
-        ("start_s", []),
-        ("no_such_field", 1),
-    ],
-)
-def test_values_of_another_kind_are_refused(field: str, value: Any) -> None:
-    with pytest.raises(wire.BreachError):
-        wire.unpack(VideoInfo, wire.pack(hostile.INFO) | {field: value})
 
 
 @pytest.mark.parametrize("name", ["mdn__flower.mp4", "mb__0.ts", "bgs__video.avi"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 
@@ -20,6 +21,7 @@ from tests.made_rows import (
 from tests.memory_store import Bucket, Faults, Killed, MemoryStore
 from tests.test_ledger import SCENE, attempt
 from vidbatch.ledger import Ledger
+from vidbatch.storage import open_store
 from vidbatch.tables import encode, file_metadata, part_key, read
 from vidbatch.verify import SWEEP_AFTER_S, OutputCount, sweep, verify
 
@@ -69,6 +71,20 @@ def test_a_sound_output_is_proved(bucket: Bucket) -> None:
     assert report.rows["frames"] == 5
     assert report.rows["coverage"] == 8
     assert report.files == 4 + 4 + 2
+
+
+def test_the_same_on_disk(tmp_path: Path) -> None:
+    ledger = Ledger(open_store(str(tmp_path / "out")))
+    ledger.first_files({"README.md": b"tables"})
+    ledger.append_plan(ledger.read_plan(SAMPLING), lambda log: [] if len(log) else [OTHER])
+    statuses = [
+        attempt(ledger, OTHER, SCENE, [make_outcome(OTHER.clips[0], 2)]).status for _ in "ab"
+    ]
+    assert statuses == ["new", "exists"]
+    report = verify(ledger)
+    assert report.ok
+    assert [count.ok for count in report.outputs] == [1]
+    assert sweep(ledger).removed == ()
 
 
 def test_a_retry_counts_its_clips_once(bucket: Bucket) -> None:

@@ -310,7 +310,10 @@ def _override(tree: Mapping[str, Any], text: str) -> dict[str, Any]:
     path, sign, raw = text.partition("=")
     if not sign or not path:
         raise UsageError(f"--set {text}: expected section.key=value")
-    value = yaml.safe_load(raw) if raw else None
+    try:
+        value = yaml.safe_load(raw) if raw else None
+    except yaml.YAMLError:
+        value = raw  # a glob such as **/*.mp4 is no YAML, and means itself
     head, _, rest = path.partition(".")
     merged = dict(tree)
     if not rest:

@@ -35,7 +35,7 @@ def main(folder: str, fps: str, out: str) -> None:
     ray.init(include_dashboard=False, log_to_driver=False, object_store_memory=2 * 2**30)
     ray.data.DataContext.get_current().enable_progress_bars = False
     frames = ray.data.read_videos(
-        folder, fps=float(fps), resize=(224, 224), include_paths=True, file_extensions=["mp4"]
+        folder, fps=int(fps), resize=(224, 224), include_paths=True, file_extensions=["mp4"]
     )
     done = frames.map_batches(MeanColour, batch_size=64, compute=ActorPoolStrategy(size=1))
     done.write_parquet(out)

@@ -38,10 +38,11 @@ class Crew:
         self._on, self._note, self._cls = on, note, cls
         self.handles: list[Any] = []
         self.up = 0
-        """Predictors that have loaded their models once."""
+        """Predictors whose models are loaded."""
         self.restarts = 0
         self._past: list[Mapping[str, Any]] = []
         self._stats: dict[int, Mapping[str, Any]] = {}
+        self._seen_up = False
         self._silent: set[int] = set()
         """Those that are to be asked whether they are up."""
         self._asked_at = 0.0
@@ -82,7 +83,7 @@ class Crew:
         for handle in self.handles:
             ray.kill(handle)
         self.handles, self.up = [], 0
-        return [*self._past, *self._stats.values()]
+        return [s for s in (*self._past, *self._stats.values()) if s]
 
     def _ask(self, i: int, method: str, handler: Callable[..., None]) -> None:
         call = getattr(self.handles[i], method).options(concurrency_group="control")
@@ -92,9 +93,15 @@ class Crew:
         error = answer.exception()
         if error is None:
             facts = answer.result()
-            if facts["error"] is not None:
+            if facts["error"] is None:
+                self.up += 1
+                self._seen_up = True
+                self._ask(i, "stay", self._gone)
+            elif self._seen_up:  # it tries again by itself
+                self._note(f"a predictor does not come back: {facts['error']}")
+                self._silent.add(i)
+            else:
                 raise facts["error"]
-            self.up += 1
         elif getattr(error, "actor_init_failed", False):
             raise ClusterError(
                 f"predictors do not start: {one_line(error)}; nothing was begun; have the nodes "
@@ -104,15 +111,21 @@ class Crew:
         else:
             self._silent.add(i)
 
+    def _gone(self, i: int, answer: Future[Any]) -> None:
+        """The call that lasts as long as its process has ended."""
+        if not self.handles:
+            return
+        error = answer.exception()
+        self._note(f"a predictor died and is started again: {one_line(error) if error else ''}")
+        self.up -= 1
+        self.restarts += 1
+        self._past.append(self._stats.pop(i, {}))
+        self._silent.add(i)
+
     def _told(self, i: int, answer: Future[Any]) -> None:
         if answer.exception() is not None:
-            return  # it died and comes back; whoever waited for it has noticed
-        new, old = answer.result(), self._stats.get(i)
-        self._stats[i] = new
-        if old is not None and old["pid"] != new["pid"]:
-            self._past.append(old)
-            self.restarts += 1
-            self._note("a predictor died and was started again")
+            return  # `_gone` knows
+        self._stats[i] = new = answer.result()
         if new["busy_s"] > BATCH_STUCK_S:
             self._note(f"a predictor has had one batch for {human_s(new['busy_s'])}: restarted")
             ray.kill(self.handles[i], no_restart=False)

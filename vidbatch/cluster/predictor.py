@@ -118,6 +118,11 @@ class Predictor:
                 self._resume()
             yield pickle.dumps(answers, protocol=5)
 
+    async def stay(self) -> None:
+        """Never returns: the call ends when the process does."""
+        while True:
+            await asyncio.sleep(3600)
+
     async def stats(self) -> dict[str, Any]:
         """Seconds by state, counts, and for how long the batch under work has been."""
         runner = self._runner

@@ -35,6 +35,11 @@ from vidbatch.decode.tally import (
 from vidbatch.media import Facts, Inspector, OpenVideo
 from vidbatch.sampling import Clock
 
+_DISORDER = "frames come out in another order than pts say"
+
+MAX_PROOFS = 2
+"""GOPs decoded a second time because a codec that can reorder does not, by its timestamps."""
+
 UNREADABLE = Facts(entry=False, shown=True, layer=0)
 """Of a packet whose bytes are not what the codec allows, where the table says that it is a picture."""
 
@@ -53,6 +58,15 @@ class _Held(NamedTuple):
     packet: VideoPacket
     facts: Facts
     shown: bool
+
+
+class _Sound(NamedTuple):
+    number: int
+    pts: int
+
+
+def _pts(shown: Shown) -> int:
+    return shown.pts or 0
 
 
 class _Gop:
@@ -181,15 +195,19 @@ class _Runner:
         self._video = video
         self._context = video.stream.codec_context
         self._tally = tally
+        self._doubts = MAX_PROOFS
 
     def decode(self, gop: _Gop, wanted: dict[int, Shown]) -> Iterator[Shown]:
-        """The wanted frames of a GOP: places by packet number, in display order."""
+        """The wanted frames of a GOP, given with their packets' numbers, in display order."""
         if not wanted:
             return
         done = -1
         try:
             if gop.damaged:
                 raise _DamagedError
+            if not gop.reorders and self._context.reorder_depth and self._doubts:
+                self._doubts -= 1
+                self._prove_order(gop)
             for shown in self._quick(gop, wanted):
                 done = shown.index
                 yield shown
@@ -200,35 +218,54 @@ class _Runner:
     def _quick(self, gop: _Gop, wanted: dict[int, Shown]) -> Iterator[Shown]:
         count = 1 + max(i for i, h in enumerate(gop.held) if h.mark.number in wanted)
         top = max(h.facts.layer for h in gop.held)
-        # Decode times in the place of pts show only when nothing is left out.
-        doubtful = not gop.reorders and self._context.reorder_depth > 0
-        if doubtful:
-            count = len(gop.held)
         expected = deque(wanted.values())
         entry = gop.held[0].mark.number if gop.held[0].shown else None
         last: int | None = None
         for held in [*gop.held[:count], None]:
             if held is not None:
-                needed = doubtful or held.mark.number in wanted or held.facts.layer < top
+                needed = held.mark.number in wanted or held.facts.layer < top
                 self._context.skip_frame = "DEFAULT" if needed else "NONREF"
-            for frame in self._send(held):
-                self._tally.frames += 1
-                mark = frame.opaque
-                if frame.is_corrupt or not isinstance(mark, Mark) or frame.pts != mark.pts:
-                    raise _DamagedError
+            for mark, frame in self._sound(held):
                 if entry is not None and mark.number != entry:
-                    raise _DamagedError
+                    raise SkippingFailedError("a keyframe does not decode alone")
                 entry = None
-                if last is not None and frame.pts <= last:
-                    raise SkippingFailedError("frames come out in another order than pts say")
-                last = frame.pts
-                if expected and expected[0].pts is not None and expected[0].pts < last:
-                    raise _DamagedError
+                if last is not None and mark.pts <= last:
+                    raise SkippingFailedError(_DISORDER)
+                last = mark.pts
+                if expected and _pts(expected[0]) < last:
+                    raise SkippingFailedError("a wanted frame did not come out")
                 if mark.number in wanted:
                     yield replace(expected.popleft(), frame=frame)
         if expected:
-            raise _DamagedError
+            raise SkippingFailedError("a wanted frame did not come out")
         self._context.flush_buffers()
+
+    def _prove_order(self, gop: _Gop) -> None:
+        """Decodes a whole GOP for nothing but the order: decode times given as pts look sound as long
+        as the pictures that would come out of order are left out."""
+        self._context.skip_frame = "DEFAULT"
+        last: int | None = None
+        count = 0
+        for held in [*gop.held, None]:
+            for mark, _ in self._sound(held):
+                if last is not None and mark.pts <= last:
+                    raise SkippingFailedError(_DISORDER)
+                last = mark.pts
+                count += 1
+        if count != sum(h.shown for h in gop.held):
+            raise SkippingFailedError("packets and frames do not match one to one")
+        self._context.flush_buffers()
+
+    def _sound(self, held: _Held | None) -> Iterator[tuple[_Sound, VideoFrame]]:
+        """Undamaged frames that come out. Raises _DamagedError at the first that is not."""
+        for frame in self._send(held):
+            self._tally.frames += 1
+            mark = frame.opaque
+            if not isinstance(mark, Mark) or mark.pts is None or frame.is_corrupt:
+                raise _DamagedError
+            if frame.pts != mark.pts:
+                raise SkippingFailedError("frames do not carry the pts of their packets")
+            yield _Sound(mark.number, mark.pts), frame
 
     def _thorough(self, gop: _Gop, wanted: dict[int, Shown]) -> Iterator[Shown]:
         """All of a GOP that holds damage: what does not come out is a hole, and stays in this GOP."""

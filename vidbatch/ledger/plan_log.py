@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -66,28 +67,26 @@ _SLICE_CLIPS = 4096
 
 def encode_chunk(sampling: str, tasks: Sequence[Task]) -> bytes:
     """The Parquet file of some tasks, in their order."""
-    columns: dict[str, list[Any]] = {name: [] for name in _SCHEMA.names}
-    ids: dict[Video, str] = {}
-    for task in tasks:
-        if task.sampling != sampling:
-            raise ValueError(f"task {task.task_id} is of sampling {task.sampling}, not {sampling}")
-        task_id = task.task_id
-        for ordinal, clip in enumerate(task.clips):
-            video = clip.video
-            video_id = ids.get(video) or ids.setdefault(video, video.video_id)
-            for name, value in (
-                ("task_id", task_id),
-                ("ordinal", ordinal),
-                ("generation", task.generation),
-                ("output", task.output),
-                ("cost_s", task.cost_s),
-                ("video_id", video_id),
-            ):
-                columns[name].append(value)
-            for name in _VIDEO:
-                columns[name].append(getattr(video, name))
-            for name in _CLIP:
-                columns[name].append(getattr(clip, name))
+    strangers = [task.task_id for task in tasks if task.sampling != sampling]
+    if strangers:
+        raise ValueError(f"task {strangers[0]} is not of sampling {sampling}")
+    sizes = [len(task.clips) for task in tasks]
+    clips = [clip for task in tasks for clip in task.clips]
+    videos = [clip.video for clip in clips]
+
+    def per_clip(values: Iterable[Any]) -> list[Any]:
+        return [v for v, n in zip(values, sizes, strict=True) for _ in range(n)]
+
+    columns: dict[str, Iterable[Any]] = {
+        "task_id": per_clip(task.task_id for task in tasks),
+        "ordinal": [ordinal for n in sizes for ordinal in range(n)],
+        "generation": per_clip(task.generation for task in tasks),
+        "output": per_clip(task.output for task in tasks),
+        "cost_s": per_clip(task.cost_s for task in tasks),
+        "video_id": [video.video_id for video in videos],
+    }
+    columns |= {name: list(map(attrgetter(name), videos)) for name in _VIDEO}
+    columns |= {name: list(map(attrgetter(name), clips)) for name in _CLIP}
     table = pa.Table.from_pydict(columns, schema=_SCHEMA)
     return write(
         table,

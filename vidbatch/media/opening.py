@@ -24,7 +24,7 @@ from av.video.stream import VideoStream
 
 from vidbatch.data import ByteSource, VideoInfo
 from vidbatch.errors import MediaError, StoreError
-from vidbatch.media.boxes import MP4_BOXES, scan_boxes
+from vidbatch.media.boxes import MP4_BOXES, declared_bytes, scan_boxes
 
 FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,ogg,asf,ivf,mxf,h264,hevc,gif"
 """Demuxers that may see a byte: none opens another file or a socket (HLS, concat and SDP do)."""
@@ -70,6 +70,9 @@ CODECS = frozenset(
     ]
 )
 """Decoders that may see a byte; names are FFmpeg's of the codec, not of the library behind it."""
+
+PLAYLIST = b"#EXTM3U"
+"""FFmpeg calls an HLS playlist invalid data unless its name says what it is; ours has no name."""
 
 PROBE_BYTES = 10_000_000
 PROBE_US = 10_000_000
@@ -300,7 +303,7 @@ def open_video(source: ByteSource, *, max_pixels: int) -> Iterator[OpenVideo]:
     with container:
         if reader.error is not None:
             raise reader.error
-        stream = _choose_stream(container)
+        stream = _choose_stream(container, source)
         context = stream.codec_context
         context.options = {"max_pixels": str(max_pixels)}
         context.thread_count = 1
@@ -314,9 +317,12 @@ def open_video(source: ByteSource, *, max_pixels: int) -> Iterator[OpenVideo]:
         yield video
 
 
-def _choose_stream(container: Any) -> VideoStream:
+def _choose_stream(container: Any, source: ByteSource) -> VideoStream:
     """The first video stream that is not a cover picture."""
     streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+    declared = declared_bytes(source) if not streams else None
+    if declared is not None and declared > source.size_bytes:
+        raise _cut_off(source.size_bytes, declared)
     if not streams:
         raise MediaError(
             f"no video stream ({container.format.name}); nothing to decode",
@@ -336,6 +342,14 @@ def _choose_stream(container: Any) -> VideoStream:
     return stream
 
 
+def _cut_off(size_bytes: int, declared: int) -> MediaError:
+    return MediaError(
+        f"cut off inside the header: {size_bytes} of {declared} bytes are there",
+        kind="truncated",
+        advice="upload the whole file again",
+    )
+
+
 def encrypted() -> MediaError:
     """The error for media that are encrypted and come without a key."""
     return MediaError(
@@ -348,7 +362,7 @@ def encrypted() -> MediaError:
 def _refusal(source: ByteSource, error: av.FFmpegError) -> MediaError:
     """Why FFmpeg would not open the object."""
     head = source.read_at(0, 16)
-    if error.errno == errno.EINVAL:
+    if error.errno == errno.EINVAL or head.startswith(PLAYLIST):
         return MediaError(
             "the content is no container this build opens (a playlist, an image, a script?)",
             kind="format_refused",
@@ -363,11 +377,7 @@ def _refusal(source: ByteSource, error: av.FFmpegError) -> MediaError:
                 advice="upload the whole file again",
             )
         if boxes[-1].end > source.size_bytes:
-            return MediaError(
-                f"an MP4 cut off inside its header: {source.size_bytes} of {boxes[-1].end} bytes",
-                kind="truncated",
-                advice="upload the whole file again",
-            )
+            return _cut_off(source.size_bytes, boxes[-1].end)
     return MediaError(
         f"not a video: {describe_error(error)}",
         kind="not_media",

@@ -88,7 +88,7 @@ def probe_video(
     """Probes one video and cuts it at keyframes where its packet table allows."""
     source = open_source(store, video.uri, size_bytes=video.size_bytes, version=video.version)
     try:
-        info, ranges = decoder.probe(source, limits=limits, length_s=length_s)
+        info, ranges = decoder.probe(source, limits=limits, length_s=length_s, uri=video.uri)
         return Probed(video=video, ranges=tuple(ranges), duration_s=info.duration_s)
     except VidbatchError as error:
         return Probed(video=video, failure=to_failure(error, "probe"))

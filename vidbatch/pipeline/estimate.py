@@ -119,7 +119,9 @@ def _probe(
                         store, video.uri, size_bytes=video.size_bytes, version=video.version
                     )
                     try:
-                        info, _ = decoder.probe(source, limits=spec.limits, length_s=60.0)
+                        info, _ = decoder.probe(
+                            source, limits=spec.limits, length_s=60.0, uri=video.uri
+                        )
                     finally:
                         source.close()
                     infos.append((video, info))

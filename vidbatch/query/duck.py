@@ -194,7 +194,7 @@ class _Views:
         if failure is not None:
             return failure
         text = " ".join(str(error).partition("\n\nLINE")[0].split())
-        if isinstance(error, duckdb.IOException | OSError):
+        if isinstance(error, duckdb.IOException | OSError) or "part-" in text:
             return InfraError(f"{self.store.uri}: the query stopped: {text}")
         missing, no_column = _MISSING.search(text), _NO_COLUMN.search(text)
         if missing:

@@ -15,7 +15,7 @@ from vidbatch.tables import PARTITIONS, ROOT
 _TYPES = {"sample": "VARCHAR", "model": "VARCHAR", "dt": "DATE"}
 
 _HEADER = """\
--- Views over the tables of vidbatch, for DuckDB 1.2 and later. In the folder above this file:
+-- Views over the tables of vidbatch, for DuckDB 1.1 and later. In the folder above this file:
 --     duckdb -init views/duckdb.sql
 -- From elsewhere, or for a bucket, name the output first (a bucket also needs httpfs and a secret):
 --     SET VARIABLE vidbatch_root = 's3://bucket/prefix';

@@ -9,6 +9,7 @@ from dataclasses import fields
 from datetime import UTC, datetime
 from typing import Any, TypedDict
 
+from vidbatch.data import FRAMES
 from vidbatch.ledger import COMMITS, CommitRecord, Ledger
 from vidbatch.ledger.fetch import fetch
 from vidbatch.ledger.runs import RUNS
@@ -159,4 +160,8 @@ def _outputs(ledger: Ledger, last: Mapping[str, Any]) -> list[OutputStatus]:
                 in_last_run=record.model in last,
             )
         )  # fmt: skip
+    # a run has one sampling rule, and `frames` is called so under each of them: its models tell
+    rules = {o["sample"] for o in found if o["in_last_run"] and o["model"] != FRAMES}
+    for o in found:
+        o["in_last_run"] &= o["sample"] in rules or not rules
     return sorted(found, key=lambda o: (o["sample"], o["model"]))

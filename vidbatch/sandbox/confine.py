@@ -51,7 +51,7 @@ getpid 39 172, getppid 110 173, gettid 186 178, getrusage 98 165, sysinfo 99 179
 getrandom 318 278, membarrier 324 283, rseq 334 293, set_robust_list 273 99, exit 60 93,
 exit_group 231 94
 """
-"""Calls a running interpreter and codecs need: name, number on x86-64, number on arm64; likeliest first."""
+"""What an interpreter and codecs call: name, number on x86-64, on arm64; the frequent first."""
 
 
 def die_with(parent_pid: int) -> None:
@@ -120,8 +120,8 @@ def _program(architecture: int, column: int) -> bytes:
 
     steps = [(load, 0, 0, machine), (equal, 1, 0, architecture), (give, 0, 0, kill)]
     steps.append((load, 0, 0, number))
-    for call in _ALLOWED.split(","):
-        steps += [(equal, 0, 1, int(call.split()[1 + column])), (give, 0, 0, allow)]
+    for allowed in _ALLOWED.split(","):
+        steps += [(equal, 0, 1, int(allowed.split()[1 + column])), (give, 0, 0, allow)]
     # glibc asks clone3 first, whose flags lie out of a filter's sight, and falls back on ENOSYS
     steps += [(equal, 0, 1, _CLONE3[column]), (give, 0, 0, errno | _ENOSYS)]
     for call, test, operand in (

@@ -32,11 +32,15 @@ from vidbatch.tables.schemas import SCHEMAS, result_tables
 Columns = dict[str, Any]
 """Column → array of one chunk; `at` is the position of the row's frame in the chunk."""
 
+Chunks = list[tuple[Columns, dict[str, Columns]]]
+"""Of each chunk of a clip: the key of its frames, and table → columns after the key."""
+
 
 class OutputRows:
     """Collects the rows of one output of one task, chunk by chunk; holds copies, no views.
 
-    The cost is that of the columns themselves: 44 bytes a frame and table, embeddings 4·D more.
+    The cost is that of the columns themselves: 25 bytes a frame for its key, then what each
+    table adds (4·D for a vector). Strings that repeat are made once, by `finish`.
 
     Args:
         output: `frames`, or a model; which tables there are follows from it.
@@ -47,9 +51,7 @@ class OutputRows:
         self.output = output
         self.task = task
         self.tables = result_tables(output)
-        self._chunks: dict[Clip, list[tuple[Columns, dict[str, Columns]]]] = {
-            clip: [] for clip in task.clips
-        }
+        self._chunks: dict[Clip, Chunks] = {clip: [] for clip in task.clips}
 
     def add(self, clip: Clip, frames: Frames, predictions: Predictions | None) -> None:
         """Takes a chunk of a clip, in display order, with what the model says of it.
@@ -115,7 +117,7 @@ class OutputRows:
         by_clip = {o.clip: o for o in outcomes}
         if len(outcomes) != len(self.task.clips) or by_clip.keys() != self._chunks.keys():
             raise ValueError(f"task {self.task.task_id}: not one outcome for each of its clips")
-        kept: list[tuple[Clip, list[tuple[Columns, dict[str, Columns]]]]] = []
+        kept: list[tuple[Clip, Chunks]] = []
         for clip in sorted(by_clip, key=lambda c: (c.video.video_id, c.first_keyframe)):
             if by_clip[clip].status == "failed":
                 continue
@@ -246,9 +248,7 @@ _ROWS = {
 }
 
 
-def _table(
-    name: str, clips: Sequence[tuple[Clip, list[tuple[Columns, dict[str, Columns]]]]]
-) -> pa.Table:
+def _table(name: str, clips: Sequence[tuple[Clip, Chunks]]) -> pa.Table:
     """The rows of one table; vectors stay in the chunks they came in, all else is joined."""
     parts: defaultdict[str, list[Any]] = defaultdict(list)
     counts, videos = [], []
