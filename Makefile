@@ -6,7 +6,7 @@ PY := .venv/bin/python
 PIP_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench engines
+.PHONY: help setup demo test check bench engines engines-current
 
 help: ## what each verb does
 	@grep -E '^[a-z]+:.*##' Makefile | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -33,10 +33,16 @@ check: setup ## ruff and mypy --strict
 bench: setup ## ratios side by side: decode floor, vidbatch, Ray Data
 	$(PY) -m tests.bench.job
 
+WRITER := $(wildcard vidbatch/tables/*.py) tests/engine_readers.py $(wildcard tests/engines_env/*.py tests/engines_env/*.txt)
+ENGINES_SEEN := tests/engines_env/seen.sha256
 ENGINES := build/engines
 
 engines: setup $(ENGINES)/spark-3.5/.done $(ENGINES)/spark-newest/.done ## reads every table with two Spark versions (needs Java 17; installs below build/)
 	ENGINES_DIR=$(CURDIR)/$(ENGINES) $(PY) -m pytest -m engines tests/test_engines.py
+	sha256sum $(WRITER) > $(ENGINES_SEEN)
+
+engines-current: # whether the Sparks have read what the writer writes now
+	@sha256sum --check --status $(ENGINES_SEEN)
 
 $(ENGINES)/%/.done: tests/engines_env/%.txt
 	$(PYTHON) -m venv $(@D)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.ledger_steps import SCENE, attempt
 from tests.made_rows import (
     NOW,
     PARTITION,
@@ -19,7 +20,6 @@ from tests.made_rows import (
     make_video,
 )
 from tests.memory_store import Bucket, Faults, Killed, MemoryStore
-from tests.test_ledger import SCENE, attempt
 from vidbatch.ledger import Ledger
 from vidbatch.storage import open_store
 from vidbatch.tables import encode, file_metadata, part_key, read
@@ -78,7 +78,8 @@ def test_the_same_on_disk(tmp_path: Path) -> None:
     ledger.first_files({"README.md": b"tables"})
     ledger.append_plan(ledger.read_plan(SAMPLING), lambda log: [] if len(log) else [OTHER])
     statuses = [
-        attempt(ledger, OTHER, SCENE, [make_outcome(OTHER.clips[0], 2)]).status for _ in "ab"
+        attempt(ledger, OTHER, SCENE, [make_outcome(OTHER.clips[0], 2)], seed=n, number=n).status
+        for n in (0, 1)
     ]
     assert statuses == ["new", "exists"]
     report = verify(ledger)

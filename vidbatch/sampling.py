@@ -70,6 +70,8 @@ class Clock:
         self._step: Fraction | None = None
         self.largest = Fraction(0)
         """Time of the latest frame."""
+        self.start: Fraction = self._origin or Fraction(0)
+        """Frame 0 on the container's clock."""
         self.missing_pts = 0
         self.discontinuities = 0
 
@@ -86,7 +88,7 @@ class Clock:
         else:
             clock = pts * self._time_base
             if self._origin is None:
-                self._origin = clock - frame_index / self._rate
+                self._origin = self.start = clock - frame_index / self._rate
             time = clock - self._origin
             if time < self.largest - MAX_STEP_BACK_S:
                 self.discontinuities += 1

@@ -34,8 +34,8 @@ MAX_DEATHS = 2
 MAX_SENDS = 20
 """Of one chunk: predictors that die for other reasons must come to an end as well."""
 
-ASK_AGAIN_S = 5.0
-"""Between two questions whether any predictor is up."""
+ASK_AGAIN_S = 0.5
+"""Between two questions whether a predictor that is being started again is up."""
 
 
 def credit_bytes(cap_bytes: int, decoders: int, nodes: int, predictor_nodes: int) -> int:

@@ -48,9 +48,7 @@ def one_line(error: BaseException) -> str:
         return lines[-1].strip()[:MESSAGE_CHARS] if lines else type(error).__name__
     lines = [x for x in str(error).splitlines() if x and not x.startswith("\t")]
     text = " ".join(" ".join(lines).split())
-    for opening in ("The actor died unexpectedly before finishing this task. ",):
-        text = text.removeprefix(opening)
-    text = text.partition(" Some common causes include")[0]
+    text = text.rpartition("Worker exit detail: ")[2].partition(" Some common causes")[0]
     return f"{type(error).__name__}: {text}"[:MESSAGE_CHARS]
 
 

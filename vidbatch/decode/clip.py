@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from fractions import Fraction
 
 from vidbatch.data import (
     ByteSource,
@@ -21,7 +20,7 @@ from vidbatch.decode.planned import Plan, Planned, number_packets
 from vidbatch.decode.rows import RowBuffer
 from vidbatch.decode.skipping import decode_wanted
 from vidbatch.decode.tally import IndexMismatchError, Selection, Shown, SkippingFailedError, Tally
-from vidbatch.decode.verdict import Evidence, gather, judge, nothing_decoded
+from vidbatch.decode.verdict import gather, judge, nothing_decoded
 from vidbatch.errors import MediaError
 from vidbatch.media import OpenVideo, inspector, open_video, read_packet_table
 from vidbatch.sampling import Clock, Sampler
@@ -100,7 +99,8 @@ class _Pass:
         self._plan = plan
         self._tally = Tally()
         self._clock = Clock(video.time_base, video.rate)
-        self._taken = 0
+        self._silent = 0
+        self._inspector = inspector(video.codec, video.stream.codec_context.extradata)
         self._upright: tuple[int, int, int] | None = None
         self._start_pts = None if plan is None else plan.origin_pts
         self._expected = (
@@ -110,7 +110,7 @@ class _Pass:
     def skipping(self) -> Iterator[DecodeEvent]:
         """Decodes what rows need. Raises SkippingFailedError."""
         video = self._video
-        inspect, why = inspector(video.codec, video.stream.codec_context.extradata)
+        inspect, why = self._inspector
         if inspect is None:
             raise SkippingFailedError(why, by_codec=True)
         segments = self._plan.segments() if self._plan else [(None, 0)]
@@ -146,6 +146,8 @@ class _Pass:
             yield from self._rows.chunks()
         for index in selection.finish(clock.largest + clock.frame_s):
             yield from self._row(held[index])
+        if self._video.is_mp4 and self._inspector[0] is not None:
+            self._silent = self._tally.shown - self._tally.frames - self._tally.errors
         self._rows.settle(selection.settle())
 
     def _start(self, first: int) -> tuple[Selection, Clock]:
@@ -155,7 +157,6 @@ class _Pass:
 
     def _row(self, shown: Shown) -> Iterator[DecodeEvent]:
         """Adds a row; the first frame says how large the video is and which way up."""
-        self._taken += 1
         frame = shown.frame
         if frame is not None and not self._rows.announced:
             turn = orientation(frame)
@@ -173,8 +174,16 @@ class _Pass:
         """The last rows and how it went. Raises MediaError if there are none but should be."""
         tally, plan, clock = self._tally, self._plan, self._clock
         end = clock.largest + clock.frame_s
-        evidence = self._evidence(end)
-        if not self._rows.found and (self._taken or plan is None):
+        evidence = gather(
+            self._source,
+            self._video,
+            tally,
+            expected_packets=self._expected,
+            silent=self._silent,
+            whole=plan is None,
+            clock=clock,
+        )
+        if not self._rows.found and (plan is None or plan.covers):
             raise nothing_decoded(evidence, self._video.codec)
         if not self._rows.consistent:
             raise MediaError(
@@ -202,14 +211,4 @@ class _Pass:
             decode_errors=tally.errors,
             corrupt_frames=tally.corrupt,
             fallback=fallback,
-        )
-
-    def _evidence(self, end: Fraction) -> Evidence:
-        return gather(
-            self._source,
-            self._video,
-            self._tally,
-            expected_packets=self._expected,
-            whole=self._plan is None,
-            end=end,
         )

@@ -130,6 +130,7 @@ def decode_in_order(
     mark = None
     for mark, packet in packets:
         tally.packets += 1
+        tally.shown += not packet.is_discard
         packet.opaque = mark
         numbering.sent(mark)
         if packet.is_corrupt:
@@ -138,7 +139,6 @@ def decode_in_order(
             frames = video.decode(packet)
         except av.FFmpegError:
             tally.errors += 1
-            tally.encrypted |= packet.has_sidedata("encryption_info")
             numbering.failed(mark)
             continue
         yield from _place(frames, mark, damaged, numbering, clock, tally)
@@ -166,10 +166,9 @@ def _place(
     for frame in frames:
         # A decoder that loses the mark gives one frame per packet: it is the latest packet's.
         mark = frame.opaque if isinstance(frame.opaque, Mark) else sent
-        tally.frames += 1
-        corrupt = bool(frame.is_corrupt) or mark.number in damaged
+        suspect = mark.number in damaged
         damaged.discard(mark.number)
-        tally.corrupt += corrupt
+        corrupt = tally.note(frame, suspect=suspect)
         places = numbering.came(mark)
         if places is None:
             if not tally.errors and not tally.corrupt:

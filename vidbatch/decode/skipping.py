@@ -205,7 +205,8 @@ class _Runner:
         try:
             if gop.damaged:
                 raise _DamagedError
-            if not gop.reorders and self._context.reorder_depth and self._doubts:
+            doubtful = not gop.reorders and len(gop.held) > 2 and self._context.reorder_depth > 0
+            if doubtful and self._doubts:
                 self._doubts -= 1
                 self._prove_order(gop)
             for shown in self._quick(gop, wanted):
@@ -279,10 +280,9 @@ class _Runner:
                 self._tally.errors += 1
                 continue
             for frame in frames:
-                self._tally.frames += 1
                 mark = frame.opaque if isinstance(frame.opaque, Mark) else None
-                corrupt = frame.is_corrupt or mark is None or mark.number in gop.damaged
-                self._tally.corrupt += corrupt
+                suspect = mark is None or mark.number in gop.damaged
+                corrupt = self._tally.note(frame, suspect=suspect)
                 shown = waiting.pop(mark.number, None) if mark is not None else None
                 if shown is not None:
                     for late in [n for n, s in waiting.items() if s.index < shown.index]:

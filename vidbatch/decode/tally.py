@@ -43,15 +43,25 @@ class Tally:
     """Counters of one pass over a clip."""
 
     packets: int = 0
+    shown: int = 0
+    """Packets that the container wants displayed, of those decoded in order."""
     frames: int = 0
     """Frames that came out of the decoder."""
     errors: int = 0
     """Packets on which the decoder failed."""
     corrupt: int = 0
     """Frames that came out damaged."""
-    encrypted: bool = False
+    suspect: int = 0
+    """Sound frames of packets that the demuxer calls damaged, as it does where files were joined."""
     places: int = 0
     """One past the index of the last place in display order."""
+
+    def note(self, frame: VideoFrame, *, suspect: bool) -> bool:
+        """Counts a frame that came out; whether it is to be called corrupt."""
+        self.frames += 1
+        self.corrupt += bool(frame.is_corrupt)
+        self.suspect += suspect and not frame.is_corrupt
+        return suspect or bool(frame.is_corrupt)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import NamedTuple
 
 from vidbatch.data import ByteSource
 from vidbatch.decode.tally import Tally
 from vidbatch.errors import MediaError
-from vidbatch.media import OpenVideo, declared_bytes, encrypted
+from vidbatch.media import OpenVideo, declared_bytes
+from vidbatch.sampling import Clock
 
 SLACK_S = 1.0
 SLACK_SHARE = 0.02
@@ -36,6 +36,10 @@ class Evidence:
     declared_bytes: int | None
     """Size of the whole object as its container declares it."""
     demux_error: str | None
+    joints: int
+    """Places where the clock steps back: files joined end to end, no damage by itself."""
+    silent: int
+    """Pictures of a stream with one picture per packet that did not come out, without an error."""
     too_large: bool
     """Whether the decoder refused pictures for their size."""
     expected_packets: int | None
@@ -60,29 +64,31 @@ def gather(
     tally: Tally,
     *,
     expected_packets: int | None,
+    silent: int,
     whole: bool,
-    end: Fraction,
+    clock: Clock,
 ) -> Evidence:
     """Collects what is known from outside. Of a part, or under a table that has stood its own checks,
     only the packets count.
 
     Args:
-        end: When the last frame leaves the screen, from frame 0.
+        silent: Packets that gave neither a frame nor an error but should have.
+        clock: The clock of the pass, after the last frame.
     """
     duration = ended = None
     formats = video.container.format.name.split(",")
     if whole and expected_packets is None and not STATED_DURATION.isdisjoint(formats):
+        # Some writers count the duration from zero, some from the first timestamp.
         duration = video.duration_s
-        start = (video.stream.start_time or 0) * video.time_base
-        ended = float(start + end)
-        if not video.stream.duration:
-            container_start = (video.container.start_time or 0) / 1e6
-            ended = max(ended, video.other_end_s or ended) - container_start
+        ended = float(max(clock.start, Fraction(0)) + clock.largest + clock.frame_s)
+        ended = max(ended, video.other_end_s or 0.0)
     return Evidence(
         tally=tally,
         size_bytes=source.size_bytes,
         declared_bytes=declared_bytes(source) if whole else None,
         demux_error=video.demux_error,
+        joints=clock.discontinuities,
+        silent=silent,
         too_large=video.too_large,
         expected_packets=expected_packets,
         ended_s=ended,
@@ -110,11 +116,17 @@ def judge(evidence: Evidence) -> Verdict | None:
             "too_large",
             f"pictures over the limit of pixels were refused: {tally.errors} of {tally.packets}",
         )
-    if tally.errors or tally.corrupt:
+    corrupt = tally.corrupt + max(0, tally.suspect - evidence.joints)
+    if tally.errors or corrupt:
         return Verdict(
             "corrupt",
-            f"{tally.errors} packets could not be decoded and {tally.corrupt} frames are damaged,"
+            f"{tally.errors} packets could not be decoded and {corrupt} frames are damaged,"
             f" of {tally.packets} packets",
+        )
+    if evidence.silent > 0:
+        return Verdict(
+            "missing_reference",
+            f"{evidence.silent} of {tally.packets} pictures refer to others that are not there",
         )
     if missing:
         return Verdict(
@@ -133,8 +145,6 @@ def judge(evidence: Evidence) -> Verdict | None:
 def nothing_decoded(evidence: Evidence, codec: str) -> MediaError:
     """The error for a clip of which no row can come."""
     tally = evidence.tally
-    if tally.encrypted:
-        return encrypted()
     if evidence.too_large:
         return MediaError(
             "no frame: its pictures have more pixels than the limit",
@@ -152,8 +162,10 @@ def nothing_decoded(evidence: Evidence, codec: str) -> MediaError:
             kind="undecodable",
             advice=upload,
         )
+    expected = evidence.expected_packets
+    promised = f" where the header says {expected}" if expected else ""
     return MediaError(
-        f"no frame came out of {tally.packets} packets of {codec}",
+        f"no frame came out of {tally.packets} packets of {codec}{promised}",
         kind="zero_frames",
         advice="the file holds a header and no pictures; upload it again or exclude it",
     )

@@ -170,6 +170,11 @@ class PlanLog:
         wanted = pa.array(video_ids, pa.string())
         return np.asarray(pc.is_in(wanted, value_set=self.video_ids), np.bool_)
 
+    def knows_uri(self, uris: Sequence[str]) -> Bools:
+        """(len(uris),) whether the log has any version of that object."""
+        held = pc.unique(self._rows["uri"].cast(pa.string()))
+        return np.asarray(pc.is_in(pa.array(uris, pa.string()), value_set=held), np.bool_)
+
     def todo(
         self, output: str, done: Iterable[str], listed: Sequence[str] | pa.Array | None = None
     ) -> Ints:

@@ -11,6 +11,8 @@ MAX_BOXES = 1_000_000
 """Top-level boxes of an MP4: half of them are fragments, so 5 days at one a second."""
 MP4_BOXES = frozenset(b"ftyp styp moov moof mdat free skip wide sidx pnot uuid emsg prft".split())
 
+TS_PACKET_BYTES = 188
+
 _HEADER = struct.Struct(">I4s")
 
 
@@ -45,10 +47,19 @@ def scan_boxes(source: ByteSource) -> list[Box]:
 def declared_bytes(source: ByteSource) -> int | None:
     """The size of the whole object as its container declares it; None where it does not.
 
-    MP4 boxes, the RIFF chunk of an AVI and the segment of a Matroska file carry their length, so a
-    file that was cut off later is found out by it: FFmpeg reads such files to the end in silence.
+    MP4 boxes, the RIFF chunk of an AVI and the segment of a Matroska file carry their length, and a
+    transport stream consists of whole packets: a file that was cut off later is found out by it,
+    where FFmpeg reads to the end in silence.
     """
-    head = source.read_at(0, 64)
+    head = source.read_at(0, 4 * TS_PACKET_BYTES)
+    for start in range(min(TS_PACKET_BYTES, len(head) - 2 * TS_PACKET_BYTES)):
+        if (
+            head[start]
+            == head[start + TS_PACKET_BYTES]
+            == head[start + 2 * TS_PACKET_BYTES]
+            == 0x47
+        ):
+            return start + -(-(source.size_bytes - start) // TS_PACKET_BYTES) * TS_PACKET_BYTES
     if head[4:8] in MP4_BOXES:
         boxes = scan_boxes(source)
         return boxes[-1].end if boxes else None

@@ -171,6 +171,7 @@ class OpenVideo:
         Reading past damage that stops the demuxer ends the iteration and sets `demux_error`.
 
         Raises:
+            MediaError: the packets are encrypted.
             StoreError: the bytes could not be had.
         """
         demuxer = self.container.demux(*([self.stream] if self.is_mp4 else []))
@@ -180,11 +181,16 @@ class OpenVideo:
             except av.FFmpegError as error:
                 self.demux_error = describe_error(error)
                 packet = None
+            except IndexError:
+                # PyAV, after the last packet, where a stream turned up that was not there at opening.
+                packet = None
             if self.reader.error is not None:
                 raise self.reader.error
             if packet is None:
                 return
             if packet.stream_index == self.stream.index:
+                if packet.has_sidedata("encryption_info"):
+                    raise encrypted()
                 if packet.size or packet.pts is not None:
                     yield packet
             elif packet.pts is not None and packet.time_base:

@@ -104,14 +104,18 @@ def read_packet_table(source: ByteSource, *, max_pixels: int) -> tuple[PacketTab
     boxes = scan_boxes(source) if source.read_at(4, 4) in MP4_BOXES else []
     if not any(b.name == b"moov" for b in boxes):
         return None, "the container has no index"
+    if boxes[-1].end > source.size_bytes:
+        return None, "the object is cut off"
     with open_video(_Outline(source, boxes), max_pixels=max_pixels) as video:
         _, why = inspector(video.codec, video.stream.codec_context.extradata)
         if why:
             return None, why
         rows: list[tuple[int, int, int, int, bool, bool]] = []
         for packet in video.packets():
-            if packet.pts is None or packet.pos is None or len(rows) >= MAX_TABLE_PACKETS:
-                return None, "packets without timestamps"
+            if packet.pts is None or packet.pos is None or packet.is_corrupt:
+                return None, "packets without timestamp, position or end"
+            if len(rows) >= MAX_TABLE_PACKETS:
+                return None, f"more than {MAX_TABLE_PACKETS} packets"
             flags = (packet.is_keyframe, packet.is_discard)
             rows.append((packet.pts, packet.dts or 0, packet.pos, packet.size, *flags))
         depth = video.stream.codec_context.reorder_depth

@@ -212,12 +212,16 @@ class TaskWork:
             if output.name == FRAMES:
                 rows.add(state.clip, frames, None)
                 continue
-            result = results[output.name]
-            if isinstance(result, ModelError):
-                state.model_failures.setdefault(output.fingerprint, to_failure(result, "predict"))
-                rows.drop(state.clip)
-            elif output.fingerprint not in state.model_failures:
+            if output.fingerprint in state.model_failures:
+                continue
+            try:
+                result = results[output.name]
+                if isinstance(result, ModelError):
+                    raise result
                 rows.add(state.clip, frames, result)
+            except ModelError as error:  # the model's own, or rows that its spec does not allow
+                state.model_failures[output.fingerprint] = to_failure(error, "predict")
+                rows.drop(state.clip)
 
     def _forget(self, i: int) -> None:
         """Removes every trace of an attempt at a clip that is to be decoded again."""
@@ -260,7 +264,7 @@ class TaskWork:
                     versions=self.spec.versions,
                 )
             committed[output.partition] = result.status
-            outcomes_of[output.name] = outcomes
+            outcomes_of[output.name] = list(result.outcomes)
             if result.status == "new":
                 bytes_written += sum(f.size_bytes for f in result.files)
                 puts += len(result.files) + 1
