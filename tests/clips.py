@@ -196,7 +196,7 @@ def remux(
     container: str,
     muxer: dict[str, str] | None = None,
 ) -> bytes:
-    """Copies the video packets: `change(n, packet)` gives the packet to write or None to drop it."""
+    """Copies video packets: `change(n, packet)` gives the packet to write or None to drop it."""
     out = io.BytesIO()
     with (
         av.open(io.BytesIO(data)) as source,

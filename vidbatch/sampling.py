@@ -4,12 +4,13 @@
     target 0          1          2          3          fps 1: target k is the instant k / fps
     frame  |a   |b   |c   |d   |e        |f            on screen at 0 1 2 3: a c e f
 
-The frame of a target is the last one whose time ≤ the target; a frame on screen at several targets is
-one row, which stands for (covers) all of them. Frame i answers the targets in [time_i, time_i+1), so
-it is taken iff ceil(fps·time_i) < ceil(fps·time_i+1); the last frame answers only a target equal to
-its own time. With `tolerance_s` ≤ half the interval a target takes the nearest keyframe if that is
-near enough (tie: the earlier), else the frame on screen. Everything is anchored at frame 0 of the
-video and exact (integers and Fractions), so clips and whole videos give the same rows.
+The frame of a target is the last one whose time ≤ the target; a frame on screen at several targets
+is one row, which stands for (covers) all of them. Frame i answers the targets in
+[time_i, time_i+1), so it is taken iff ceil(fps·time_i) < ceil(fps·time_i+1); the last frame answers
+only a target equal to its own time. With `tolerance_s` ≤ half the interval a target takes the
+nearest keyframe if that is near enough (tie: the earlier), else the frame on screen. Everything is
+anchored at frame 0 of the video and exact (integers and Fractions), so clips and whole videos give
+the same rows.
 """
 
 from __future__ import annotations
@@ -135,7 +136,7 @@ def take(sample: Sample, ticks: Ints, time_base: Fraction, keys: Bools, end: Fra
 def _count_targets(
     fps: Fraction, tolerance_s: Fraction, ticks: Ints, time_base: Fraction, keys: Bools
 ) -> Any:
-    """(N,) integers: how many targets each frame answers. In units where one target interval is `per`."""
+    """(N,) integers: how many targets each frame answers; times in units of interval / `per`."""
     n = len(ticks)
     if n == 0:
         return np.zeros(0, np.int64)
@@ -152,7 +153,7 @@ def _count_targets(
     if not tolerance_s or not keys.any():
         return counts
     order = np.arange(n)
-    # The keyframe at or before frame i (the earliest of several with one time), and the next after it.
+    # The keyframe at or before frame i (the earliest of several with one time), and the next one.
     key_at = np.flatnonzero(keys)
     distinct = key_at[np.append(True, at[key_at][1:] != at[key_at][:-1])]
     before = np.searchsorted(distinct, order, side="right") - 1

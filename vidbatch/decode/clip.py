@@ -22,7 +22,7 @@ from vidbatch.decode.skipping import decode_wanted
 from vidbatch.decode.tally import IndexMismatchError, Selection, Shown, SkippingFailedError, Tally
 from vidbatch.decode.verdict import gather, judge, nothing_decoded
 from vidbatch.errors import MediaError
-from vidbatch.media import OpenVideo, inspector, open_video, read_packet_table
+from vidbatch.media import OpenVideo, PacketTable, inspector, open_video, read_packet_table
 from vidbatch.sampling import Clock, Sampler
 
 
@@ -49,7 +49,7 @@ def decode_clip(
         MediaError: no row can come of this clip (kinds in `media`, and `index_mismatch`).
         StoreError: the bytes could not be had.
     """
-    table, _ = read_packet_table(source, max_pixels=limits.max_pixels)
+    table = _table(source, clip, limits)
     if table is None and not clip.whole:
         raise MediaError(
             "the clip is a part of a video whose index cannot be trusted; it is not written",
@@ -79,6 +79,21 @@ def decode_clip(
                     ) from error
                 plan, skip, fallback = None, True, "packets are not where the index says"
         rows.start_over()
+
+
+_latest: tuple[tuple[str, int], PacketTable] | None = None
+"""The packet table of the video whose part was decoded last: its other parts come next."""
+
+
+def _table(source: ByteSource, clip: Clip, limits: DecodeLimits) -> PacketTable | None:
+    global _latest
+    known, key = _latest, (clip.video.video_id, source.size_bytes)
+    if known is not None and known[0] == key:
+        return known[1]
+    table, _ = read_packet_table(source, max_pixels=limits.max_pixels)
+    if table is not None and not clip.whole:
+        _latest = (key, table)
+    return table
 
 
 class _Pass:
@@ -130,11 +145,9 @@ class _Pass:
     def in_order(self) -> Iterator[DecodeEvent]:
         """Decodes everything from the first packet of the video to the last of the clip."""
         plan = self._plan
-        packets, first = plan.whole() if plan else (None, 0)
-        places = TablePlaces(plan.table, first, plan.end_frame) if plan else CountedPlaces()
-        if packets is not None:
-            self._expected = packets.stop - packets.start
-        selection, clock = self._start(first)
+        places = TablePlaces(plan.table, plan.end_frame) if plan else CountedPlaces()
+        packets = slice(0, plan.packets.stop) if plan else None
+        selection, clock = self._start(0)
         numbered = number_packets(self._video, plan.table if plan else None, packets)
         held: dict[int, Shown] = {}
         for shown in decode_in_order(self._video, numbered, places, clock, self._tally):

@@ -1,13 +1,14 @@
 """The plain path: every packet is decoded, every frame gets its place. The truth others must equal.
 
 A frame's index is its ordinal in display order; a packet the decoder failed on keeps its place (a
-hole), so that damage never shifts what comes after it. With a packet table the index is the table's.
-Without one it is the number of places before, and a packet that silently gives no frame (an alt-ref,
-a packed picture, a picture that refers to what was before the file began) has no place.
+hole), so that damage never shifts what comes after it. With a packet table the index is the
+table's. Without one it is the number of places before, and a packet that silently gives no frame
+(an alt-ref, a packed picture, one that refers to what was before the file began) has no place.
 """
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterator
 from typing import Protocol
 
@@ -19,15 +20,15 @@ from vidbatch.media import OpenVideo, PacketTable
 from vidbatch.sampling import Clock
 
 
-class Numbering(Protocol):
+class Places(Protocol):
     """Gives places to frames as they come out, in display order."""
 
     def sent(self, mark: Mark) -> None:
-        """A packet goes into the decoder."""
+        """Takes note: this packet goes into the decoder."""
         ...
 
     def failed(self, mark: Mark) -> None:
-        """The decoder failed on it."""
+        """Takes note: the decoder failed on this packet."""
         ...
 
     def came(self, mark: Mark) -> list[tuple[int, Mark]] | None:
@@ -40,33 +41,45 @@ class Numbering(Protocol):
 
 
 class CountedPlaces:
-    """Places without a packet table."""
+    """Places without a packet table: as many as there were frames and failed packets before."""
 
     def __init__(self) -> None:
         self._next = 0
         self._failed: dict[int, Mark] = {}
+        self._order: list[tuple[bool, int, int]] = []
         self._leading: list[Mark] | None = []
 
     def sent(self, mark: Mark) -> None:
+        """Keeps what goes in until the first frame is out."""
         if self._leading is not None:
             self._leading.append(mark)
 
     def failed(self, mark: Mark) -> None:
+        """Keeps a packet that may turn out to be a hole."""
         self._failed[mark.number] = mark
+        heapq.heappush(self._order, _display(mark))
 
     def came(self, mark: Mark) -> list[tuple[int, Mark]]:
+        """Failed packets that should have been shown before this one, then this one."""
         self._failed.pop(mark.number, None)
-        holes = [m for m in self._failed.values() if _before(m, mark)]
+        holes = []
+        while self._order:
+            failed = self._failed.get(self._order[0][-1])
+            if failed is not None and not _before(failed, mark):
+                break
+            heapq.heappop(self._order)
+            if failed is not None:
+                holes.append(self._failed.pop(failed.number))
         if self._leading is not None:
             if holes:
                 # Nothing came out because the first picture was damaged: all were to be shown.
                 holes = [m for m in self._leading if m.number != mark.number and _before(m, mark)]
+                holes.sort(key=_display)
             self._leading = None
-        for hole in holes:
-            self._failed.pop(hole.number, None)
-        return self._places([*sorted(holes, key=_display), mark])
+        return self._places([*holes, mark])
 
     def rest(self) -> list[tuple[int, Mark]]:
+        """Failed packets after the last frame."""
         return self._places(sorted(self._failed.values(), key=_display))
 
     def _places(self, marks: list[Mark]) -> list[tuple[int, Mark]]:
@@ -76,20 +89,21 @@ class CountedPlaces:
 
 
 class TablePlaces:
-    """Places of a packet table, from frame `first` to before frame `end`."""
+    """Places of a packet table, from frame 0 to before frame `end`."""
 
-    def __init__(self, table: PacketTable, first: int, end: int) -> None:
+    def __init__(self, table: PacketTable, end: int) -> None:
         self._table = table
-        self._next = first
+        self._next = 0
         self._end = end
 
     def sent(self, mark: Mark) -> None:
-        pass
+        """Nothing: the table knows."""
 
     def failed(self, mark: Mark) -> None:
-        pass
+        """Nothing: what does not come out is a hole."""
 
     def came(self, mark: Mark) -> list[tuple[int, Mark]] | None:
+        """Frames of the table that did not come out before this one, then this one."""
         index = int(self._table.ordinal[mark.number])
         if not self._next <= index < self._end:
             return None
@@ -98,6 +112,7 @@ class TablePlaces:
         return places
 
     def rest(self) -> list[tuple[int, Mark]]:
+        """Frames of the table after the last one that came out."""
         return self._holes(self._end)
 
     def _holes(self, until: int) -> list[tuple[int, Mark]]:
@@ -118,7 +133,7 @@ def _display(mark: Mark) -> tuple[bool, int, int]:
 
 
 def decode_in_order(
-    video: OpenVideo, packets: NumberedPackets, numbering: Numbering, clock: Clock, tally: Tally
+    video: OpenVideo, packets: NumberedPackets, places: Places, clock: Clock, tally: Tally
 ) -> Iterator[Shown]:
     """Decodes every packet; yields one Shown per place, in display order.
 
@@ -132,24 +147,25 @@ def decode_in_order(
         tally.packets += 1
         tally.shown += not packet.is_discard
         packet.opaque = mark
-        numbering.sent(mark)
+        places.sent(mark)
         if packet.is_corrupt:
             damaged.add(mark.number)
         try:
             frames = video.decode(packet)
         except av.FFmpegError:
             tally.errors += 1
-            numbering.failed(mark)
+            if not packet.is_discard:
+                places.failed(mark)
             continue
-        yield from _place(frames, mark, damaged, numbering, clock, tally)
+        yield from _place(frames, mark, damaged, places, clock, tally)
     if mark is not None:
         try:
             frames = video.decode(None)
         except av.FFmpegError:
             tally.errors += 1
             frames = []
-        yield from _place(frames, mark, damaged, numbering, clock, tally)
-    for index, hole in numbering.rest():
+        yield from _place(frames, mark, damaged, places, clock, tally)
+    for index, hole in places.rest():
         tally.places = index + 1
         time = clock.time(hole.pts, index)
         yield Shown(index=index, pts=hole.pts, time=time, key=hole.key, frame=None)
@@ -159,7 +175,7 @@ def _place(
     frames: list[VideoFrame],
     sent: Mark,
     damaged: set[int],
-    numbering: Numbering,
+    places: Places,
     clock: Clock,
     tally: Tally,
 ) -> Iterator[Shown]:
@@ -169,13 +185,13 @@ def _place(
         suspect = mark.number in damaged
         damaged.discard(mark.number)
         corrupt = tally.note(frame, suspect=suspect)
-        places = numbering.came(mark)
-        if places is None:
+        passed = places.came(mark)
+        if passed is None:
             if not tally.errors and not tally.corrupt:
                 raise IndexMismatchError
             tally.corrupt += not corrupt
             continue
-        for index, place in places:
+        for index, place in passed:
             own = place is mark
             tally.places = index + 1
             pts = frame.pts if own else place.pts

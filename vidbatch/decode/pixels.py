@@ -1,8 +1,9 @@
 """From a decoded frame to upright RGB arrays, one per geometry.
 
-The coded picture is scaled to the (turned) size first and then turned, so that turning costs little;
-the arithmetic of the fits is `fit_box`. Colour matrix and range are the frame's own, HDR is not tone
-mapped, sample aspect ratios other than 1 and interlacing are left as coded, alpha is dropped.
+The coded picture is scaled to the (turned) size first and then turned, so that turning costs
+little; the arithmetic of the fits is `data.fit_box`. Colour matrix and range are the frame's own,
+HDR is not tone mapped, sample aspect ratios other than 1 and interlacing are left as coded, alpha
+is dropped.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ _TURNS = (
 
 
 def orientation(frame: VideoFrame) -> Orientation:
-    """The frame's display matrix as one of the eight right-angled orientations; others are upright."""
+    """The frame's display matrix as one of the eight right-angled ones; others are upright."""
     try:
         data: Any = frame.side_data.get("DISPLAYMATRIX")
     except ValueError:
@@ -86,7 +87,7 @@ def orientation(frame: VideoFrame) -> Orientation:
 
 
 class Scaler:
-    """Makes the arrays of all geometries; holds one swscale context per geometry, one thread each."""
+    """Makes the arrays of all geometries: one swscale context each, one thread."""
 
     def __init__(self, geometries: Sequence[Geometry]) -> None:
         unique = {g.key: g for g in geometries}

@@ -26,31 +26,35 @@ class Plan:
 
     def __init__(self, table: PacketTable, clip: Clip, sample: Sample, context: bool) -> None:
         self.table = table
-        n = len(table.order)
-        ticks = table.ticks
-        step = int(ticks[-1] - ticks[-2]) if n > 1 else 0
-        self.end = int(ticks[-1] + step) * table.time_base or 1 / (table.rate or DEFAULT_RATE)
+        self._shown = table.pts[table.order]
+        self._ticks = table.ticks
+        n = len(self._ticks)
+        step = int(self._ticks[-1] - self._ticks[-2]) if n > 1 else 0
+        frame_s = step * table.time_base or 1 / (table.rate or DEFAULT_RATE)
+        self.end = int(self._ticks[-1]) * table.time_base + frame_s
         """When the last frame of the video leaves the screen."""
-        keyframes = table.keyframes
-        last = len(keyframes) if clip.end_keyframe is None else clip.end_keyframe
+        keyframes, first, last = table.keyframes, clip.first_keyframe, clip.end_keyframe
+        inside = first < len(keyframes) and (last is None or first < last < len(keyframes))
         self.packets = slice(
-            int(keyframes[clip.first_keyframe]) if 0 < clip.first_keyframe < len(keyframes) else 0,
-            int(keyframes[last]) if last < len(keyframes) else len(table.pts),
+            int(keyframes[first]) if inside and first else 0,
+            int(keyframes[last]) if inside and last is not None else len(table.pts),
         )
         self.first_frame = self._frame_at(self.packets.start)
         self.end_frame = self._frame_at(self.packets.stop)
+        """One past the clip's last frame."""
         expected = (clip.start_frame, n if clip.end_frame is None else clip.end_frame)
-        if last > len(keyframes) or (self.first_frame, self.end_frame) != expected:
+        if not inside or (self.first_frame, self.end_frame) != expected:
             raise MediaError(
-                f"the clip's frames {expected} are {(self.first_frame, self.end_frame)} in the object;"
-                " the clip is not written",
+                f"frames {expected} of the clip are {(self.first_frame, self.end_frame)} in the"
+                " object; the clip is not written",
                 kind="index_mismatch",
-                advice="the object may have been planned in another version; plan it again",
+                advice="plan the video again",
             )
-        taken = take(sample, ticks, table.time_base, table.keys, self.end)
-        inside = (taken.frame_index >= self.first_frame) & (taken.frame_index < self.end_frame)
-        rows = taken.frame_index[inside].tolist()
-        self.covers = dict(zip(rows, taken.covers_s[inside].tolist(), strict=True))
+        taken = take(sample, self._ticks, table.time_base, table.keys, self.end)
+        own = (taken.frame_index >= self.first_frame) & (taken.frame_index < self.end_frame)
+        rows = taken.frame_index[own].tolist()
+        self.covers = dict(zip(rows, taken.covers_s[own].tolist(), strict=True))
+        """covers_s by frame_index: the rows of the clip."""
         before = taken.frame_index[taken.frame_index < self.first_frame]
         self.context = int(before[-1]) if context and len(before) and rows else None
         """The sampled frame before the clip's first row."""
@@ -58,53 +62,42 @@ class Plan:
     @property
     def origin_pts(self) -> int:
         """pts of frame 0."""
-        return int(self.table.pts[self.table.order[0]])
+        return int(self._shown[0])
 
     def time_of(self, frame: int) -> float:
         """Seconds from frame 0; one past the last frame is when that leaves the screen."""
-        if frame >= len(self.table.order):
+        if frame >= len(self._ticks):
             return float(self.end)
-        return float(int(self.table.ticks[frame]) * self.table.time_base)
-
-    @property
-    def wanted(self) -> list[int]:
-        """Frames to decode, rising."""
-        return [*([] if self.context is None else [self.context]), *self.covers]
+        return float(int(self._ticks[frame]) * self.table.time_base)
 
     def segments(self) -> list[tuple[slice, int]]:
         """Runs of packets that hold all wanted frames, each with the index of its first frame.
 
-        Each begins at a closed keyframe; one whose neighbour is near goes on into it.
+        Each begins at a closed keyframe (or packet 0); what lies between two of them is not read,
+        unless it is little.
         """
-        entries = self._entries()
-        frames = np.array([self._frame_at(e) for e in entries])
-        ends = [*entries[1:], len(self.table.pts)]
-        needed = sorted({int(np.searchsorted(frames, w, side="right")) - 1 for w in self.wanted})
-        read = np.concatenate(([0], np.cumsum(self.table.size)))
+        table = self.table
+        closed = table.keyframes[table.closed_keyframes()]
+        entries = np.append(0, closed[(closed > 0) & (closed < self.packets.stop)])
+        frames = np.searchsorted(self._shown, table.pts[entries])
+        frames[0] = 0
+        stops = np.append(entries[1:], self.packets.stop)
+        wanted = [*([] if self.context is None else [self.context]), *self.covers]
+        read = np.concatenate(([0], np.cumsum(table.size)))
         runs: list[tuple[slice, int]] = []
-        for i in needed:
-            stop = min(ends[i], self.packets.stop)
-            if runs and read[entries[i]] - read[runs[-1][0].stop] < GAP_BYTES:
+        for i in np.unique(np.searchsorted(frames, wanted, side="right") - 1):
+            start, stop = int(entries[i]), int(stops[i])
+            if runs and read[start] - read[runs[-1][0].stop] < GAP_BYTES:
                 runs[-1] = (slice(runs[-1][0].start, stop), runs[-1][1])
             else:
-                runs.append((slice(entries[i], stop), int(frames[i])))
+                runs.append((slice(start, stop), int(frames[i])))
         return runs
-
-    def whole(self) -> tuple[slice, int]:
-        """All packets up to the clip's last, with the index of the first frame."""
-        return slice(0, self.packets.stop), 0
-
-    def _entries(self) -> list[int]:
-        """Packets that decoding can start at, as far as the container knows; 0 is one."""
-        closed = self.table.keyframes[self.table.closed_keyframes()].tolist()
-        return [0, *(e for e in closed if 0 < e < self.packets.stop)]
 
     def _frame_at(self, packet: int) -> int:
         """Frames shown before this packet's."""
         if packet >= len(self.table.pts):
-            return len(self.table.order)
-        shown = self.table.pts[self.table.order]
-        return int(np.searchsorted(shown, self.table.pts[packet])) if packet else 0
+            return len(self._shown)
+        return int(np.searchsorted(self._shown, self.table.pts[packet])) if packet else 0
 
 
 class Planned:
@@ -118,9 +111,11 @@ class Planned:
 
     @property
     def held(self) -> set[int]:
+        """Nothing: all is decided."""
         return set()
 
     def push(self, time: Fraction, is_keyframe: bool) -> list[int]:
+        """The next frame's index if it is a row or the context frame."""
         index = self._next
         self._next += 1
         if index in self._covers:
@@ -129,9 +124,11 @@ class Planned:
         return [index] if index == self._context else []
 
     def finish(self, end: Fraction) -> list[int]:
+        """Nothing more."""
         return []
 
     def settle(self) -> list[tuple[int, float]]:
+        """Rows pushed since the last call, with their covers_s."""
         settled, self._settled = self._settled, []
         return settled
 
@@ -150,8 +147,6 @@ def number_packets(
             yield Mark(number, packet.pts, packet.is_keyframe), packet
         return
     for number, packet in _located(video, table, packets.start):
-        if number >= packets.stop:
-            return
         if number >= len(table.pts) or (packet.pts, packet.pos) != (
             int(table.pts[number]),
             int(table.pos[number]),
@@ -159,6 +154,9 @@ def number_packets(
             raise IndexMismatchError
         if number >= packets.start:
             yield Mark(number, packet.pts, bool(table.key[number])), packet
+        if number + 1 >= packets.stop:
+            return
+    raise IndexMismatchError
 
 
 def _located(

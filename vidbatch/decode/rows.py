@@ -44,7 +44,8 @@ class RowBuffer:
         self._ready = 0
         self._covers: dict[int, float] = {}
         self._previous: _Row | None = None
-        self._given: list[int] = []
+        self._given = set[int]()
+        self._last_given = -1
         self._kept = self._repeated = 0
         self.found = 0
         """Rows added since the start or `start_over`, those already given out among them."""
@@ -68,7 +69,7 @@ class RowBuffer:
         frame = shown.frame
         if frame is None:
             return
-        if self._given and shown.index <= self._given[-1]:
+        if shown.index <= self._last_given:
             repeated = shown.index in self._given
             self._repeated += repeated
             self.found += repeated
@@ -109,7 +110,8 @@ class RowBuffer:
             n = min(self._ready, self._capacity)
             rows, self._rows = self._rows[:n], self._rows[n:]
             self._ready -= n
-            self._given += [r.index for r in rows]
+            self._given.update(r.index for r in rows)
+            self._last_given = rows[-1].index
             yield self._frames(rows)
 
     def _frames(self, rows: list[_Row]) -> Frames:

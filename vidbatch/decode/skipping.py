@@ -41,7 +41,7 @@ MAX_PROOFS = 2
 """GOPs decoded a second time because a codec that can reorder does not, by its timestamps."""
 
 UNREADABLE = Facts(entry=False, shown=True, layer=0)
-"""Of a packet whose bytes are not what the codec allows, where the table says that it is a picture."""
+"""Of a packet whose bytes are not what the codec allows, where a table says it is a picture."""
 
 MAX_HELD_BYTES = 64 * 2**20
 MAX_HELD_PACKETS = 20_000
@@ -189,7 +189,7 @@ def _gops(
 
 
 class _Runner:
-    """Feeds the decoder one GOP at a time, always from empty to empty, and checks what comes out."""
+    """Feeds the decoder one GOP at a time, from empty to empty, and checks what comes out."""
 
     def __init__(self, video: OpenVideo, tally: Tally) -> None:
         self._video = video
@@ -242,8 +242,11 @@ class _Runner:
         self._context.flush_buffers()
 
     def _prove_order(self, gop: _Gop) -> None:
-        """Decodes a whole GOP for nothing but the order: decode times given as pts look sound as long
-        as the pictures that would come out of order are left out."""
+        """Decodes a whole GOP for nothing but the order.
+
+        Decode times in the place of pts look sound as long as the pictures that would come out of
+        order are left out, so nothing may be left out.
+        """
         self._context.skip_frame = "DEFAULT"
         last: int | None = None
         count = 0
@@ -269,7 +272,7 @@ class _Runner:
             yield _Sound(mark.number, mark.pts), frame
 
     def _thorough(self, gop: _Gop, wanted: dict[int, Shown]) -> Iterator[Shown]:
-        """All of a GOP that holds damage: what does not come out is a hole, and stays in this GOP."""
+        """A GOP that holds damage, whole: what does not come out is a hole."""
         self._context.flush_buffers()
         self._context.skip_frame = "DEFAULT"
         waiting = dict(wanted)

@@ -13,7 +13,7 @@ from av.video.stream import VideoStream
 
 
 class SkippingFailedError(Exception):
-    """Skipping cannot be proven exact here, and why: everything is to be decoded in order instead."""
+    """Skipping cannot be proven exact here, and why: decode everything in order instead."""
 
     def __init__(self, why: str, *, by_codec: bool = False) -> None:
         super().__init__(why)
@@ -26,7 +26,7 @@ class IndexMismatchError(Exception):
 
 
 class Mark(NamedTuple):
-    """What a packet tells its frame: FFmpeg carries it through the decoder, whatever the reordering."""
+    """What a packet tells its frame: FFmpeg carries it through the decoder and its reordering."""
 
     number: int
     """Of the packet in the stream, in decode order."""
@@ -52,7 +52,7 @@ class Tally:
     corrupt: int = 0
     """Frames that came out damaged."""
     suspect: int = 0
-    """Sound frames of packets that the demuxer calls damaged, as it does where files were joined."""
+    """Sound frames of packets called damaged by the demuxer, as it does where files were joined."""
     places: int = 0
     """One past the index of the last place in display order."""
 

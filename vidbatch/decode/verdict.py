@@ -1,8 +1,9 @@
-"""How a clip went: completeness is judged from outside, for FFmpeg ends many broken files in silence."""
+"""How a clip went. Completeness is judged from outside: FFmpeg ends broken files in silence."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import NamedTuple
 
 from vidbatch.data import ByteSource
@@ -13,7 +14,7 @@ from vidbatch.sampling import Clock
 
 SLACK_S = 1.0
 SLACK_SHARE = 0.02
-"""By how much a video may end before its header says: headers round, count audio and last frames."""
+"""By how much a video may end before its header says: headers round, and count last frames."""
 
 
 STATED_DURATION = frozenset({"matroska", "flv", "asf", "avi", "mp4"})
@@ -68,8 +69,8 @@ def gather(
     whole: bool,
     clock: Clock,
 ) -> Evidence:
-    """Collects what is known from outside. Of a part, or under a table that has stood its own checks,
-    only the packets count.
+    """Collects what is known from outside; under a packet table, which has stood its own checks,
+    only errors count.
 
     Args:
         silent: Packets that gave neither a frame nor an error but should have.
@@ -137,7 +138,7 @@ def judge(evidence: Evidence) -> Verdict | None:
         if evidence.ended_s < evidence.duration_s - slack:
             return Verdict(
                 "duration_mismatch",
-                f"it ends at {evidence.ended_s:.2f} s where the header says {evidence.duration_s:.2f} s",
+                f"it ends at {evidence.ended_s:.2f} s, the header says {evidence.duration_s:.2f} s",
             )
     return None
 
@@ -158,7 +159,7 @@ def nothing_decoded(evidence: Evidence, codec: str) -> MediaError:
         )
     if tally.errors or tally.frames:
         return MediaError(
-            f"no usable frame: the {codec} decoder failed on {tally.errors} of {tally.packets} packets",
+            f"no usable frame: {codec} failed on {tally.errors} of {tally.packets} packets",
             kind="undecodable",
             advice=upload,
         )

@@ -1,4 +1,4 @@
-"""Where a container's own bytes say it ends, and where an MP4's boxes lie: no FFmpeg, no media bytes."""
+"""Where a container says that it ends, and where an MP4's boxes lie: no FFmpeg, no media bytes."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def declared_bytes(source: ByteSource) -> int | None:
 
 
 def _ebml_size(data: bytes, at: int) -> tuple[int | None, int] | None:
-    """(size, where its payload begins) of an element whose size field is at `at`; size None is unknown."""
+    """(size or None for unknown, where the payload begins) of an element with its size at `at`."""
     if at >= len(data) or not data[at]:
         return None
     length = 9 - data[at].bit_length()

@@ -1,8 +1,8 @@
 """The only `av.open`: guards against hostile and broken files, stream choice, the packet table.
 
-A file is opened through a reader of ours that has no name and clamps every read, with FFmpeg held to
-a list of containers, no protocol at all and bounded probing; codecs are allowed by name. Whatever
-the bytes are, what comes out is an `OpenVideo` or a MediaError of a stable kind:
+A file is opened through a reader of ours that has no name and clamps every read, with FFmpeg held
+to a list of containers, no protocol at all and bounded probing; codecs are allowed by name.
+Whatever the bytes are, what comes out is an `OpenVideo` or a MediaError of a stable kind:
 
     empty not_media format_refused truncated no_video codec_refused too_large encrypted
     undecodable zero_frames          (the last two are for decoders to raise)
@@ -182,7 +182,7 @@ class OpenVideo:
                 self.demux_error = describe_error(error)
                 packet = None
             except IndexError:
-                # PyAV, after the last packet, where a stream turned up that was not there at opening.
+                # PyAV, after the last packet, where a stream turned up after opening.
                 packet = None
             if self.reader.error is not None:
                 raise self.reader.error

@@ -44,7 +44,7 @@ class _Outline:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class PacketTable:
-    """Every packet of an MP4 video stream, from its header alone; only made where it can be trusted.
+    """Every packet of an MP4 video stream, from its header alone; only where it can be trusted.
 
     Packets are in decode order (P of them), frames in display order (N displayable ones).
     """
@@ -95,7 +95,7 @@ class PacketTable:
 
 
 def read_packet_table(source: ByteSource, *, max_pixels: int) -> tuple[PacketTable | None, str]:
-    """The packet table of an MP4, MOV or 3GP without reading media; (None, why) if not to be trusted.
+    """The packet table of an MP4, MOV or 3GP without reading media; (None, why) if untrusted.
 
     Raises:
         MediaError: the video cannot be opened.

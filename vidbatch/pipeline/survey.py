@@ -33,8 +33,8 @@ ASSUMED_BITS_PER_S = 4e6
 
 
 def new_run_id(now: datetime) -> str:
-    """Start time and random: a label, never an identity."""
-    return f"{now:%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
+    """Start time to the millisecond (views order runs by it) and random; never an identity."""
+    return f"{now:%Y%m%dT%H%M%S}-{now.microsecond // 1000:03d}-{secrets.token_hex(3)}"
 
 
 @dataclass(slots=True, kw_only=True)
