@@ -168,7 +168,7 @@ def _located(
         return
     back = table.keyframes[table.keyframes <= first][::-1][: SEEKS + 1].tolist()
     for target in back:
-        video.container.seek(int(table.dts[target]), stream=video.stream)
+        video.container.seek(int(table.pts[target]), stream=video.stream)
         number = -1
         for packet in video.packets():
             if number < 0:

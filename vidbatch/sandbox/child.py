@@ -207,6 +207,8 @@ def main() -> NoReturn:
     confine.die_with(numbers["parent_pid"])
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
     decode, probe = (importlib.import_module(name) for name in modules)
+    for name in ("ma", "linalg", "fft", "rec", "strings"):
+        importlib.import_module(f"numpy.{name}")  # numpy imports these on first use
     for module in pkgutil.walk_packages(av.__path__, "av."):
         if not module.name.endswith("__main__"):
             importlib.import_module(module.name)  # PyAV imports lazily; locked in it could not
