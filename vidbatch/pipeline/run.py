@@ -119,8 +119,13 @@ class _Conductor:
             self.exit_code, self.stop_reason = 1, error.message
             self._finish(events, facts)
             raise
+        c = self.counts
         if self.exit_code == 0 and self.stop_reason is not None:
             self.exit_code = 5
+        elif self.exit_code == 0 and c.failed_outside and c.failed_outside == c.ok + c.failed:
+            # too small a run for the limit, yet nothing at all came of it: no good night
+            self.exit_code = 4
+            self.stop_reason = "every outcome failed for causes outside the files"
         if self.exit_code == 0 and strict and (self.counts.failed or self.counts.partial):
             self.exit_code = 3
         summary = self._finish(events, facts)

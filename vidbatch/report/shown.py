@@ -10,6 +10,7 @@ from vidbatch.progress import human_bytes, human_s
 from vidbatch.report.runs import ENDS, Status, counts_of
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
     from rich.table import Table
 
 
@@ -87,19 +88,35 @@ def _realtime(counts: Mapping[str, Any], elapsed_s: float) -> str:
     return f"{human_s(video_s)} of video{times}"
 
 
-def failures_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """`failures` with a line per clip and cause; outputs that share it stand together."""
-    table = _table("", "video", "clip", "outputs", "what happened", "what to do")
-    groups: dict[tuple[Any, ...], list[str]] = {}
+def failures_table(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
+    """`failures` by kind, the most frequent first: what to do once, then each clip and cause.
+
+    No columns: uris and messages are as long as they are, and are copied from here.
+    """
+    from rich.console import Group
+    from rich.text import Text
+
+    causes: dict[tuple[Any, ...], list[str]] = {}
     for r in rows:
-        key = (r["uri"], r["start_s"], r["end_s"], r["status"], r["kind"], r["message"],
-               r["advice"], r["run"])  # fmt: skip
-        groups.setdefault(key, []).append(r["model"])
-    for (uri, start_s, end_s, how, kind, message, advice, _), models in groups.items():
-        clip = f"{start_s:.0f}–{end_s:.0f} s" if end_s > start_s else ""
-        _add(table, uri, clip, ", ".join(models), f"{how}, {kind}: {message}", advice or "")
-    table.caption = f"{len(groups)} clips" if groups else "nothing failed"
-    return table
+        key = (r["kind"], r["status"], r["advice"], r["uri"], r["start_s"], r["end_s"],
+               r["message"])  # fmt: skip
+        causes.setdefault(key, []).append(r["model"])
+    kinds: dict[tuple[Any, ...], list[tuple[Any, ...]]] = {}
+    for key in causes:
+        kinds.setdefault(key[:3], []).append(key)
+    lines: list[Text] = []
+    for (kind, how, advice), keys in sorted(kinds.items(), key=lambda k: -len(k[1])):
+        plural = "clip" if len(keys) == 1 else "clips"
+        lines.append(Text(f"{kind}: {len(keys)} {plural} {how}", style="bold"))
+        lines.append(Text(f"  what to do: {advice or 'nothing'}"))
+        for key in keys:
+            _, _, _, uri, start_s, end_s, message = key
+            clip = f"  [{start_s:.0f}, {end_s:.0f}) s" if end_s > start_s else ""
+            lines.append(Text(f"  {uri}{clip}", style="cyan"))
+            lines.append(Text(f"    {message}"))
+            lines.append(Text(f"    in {', '.join(sorted(causes[key]))}", style="dim"))
+    lines.append(Text(f"{len(causes)} clips" if causes else "nothing failed"))
+    return Group(*lines)
 
 
 def models_table(found: Mapping[str, Any]) -> Table:
