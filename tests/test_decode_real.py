@@ -1,0 +1,236 @@
+"""decode_clip on footage of cameras and films, and on what an archive holds after ten years."""
+
+from __future__ import annotations
+
+import json
+from fractions import Fraction
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.decoding import ALL, SMALL, Decoded, Reference, decode, decode_plainly, fps
+from vidbatch.data import DecodeLimits, Geometry, Sample
+from vidbatch.errors import MediaError
+from vidbatch.media import BytesSource
+from vidbatch.probe import clip_ranges, probe
+
+ASL = "again bird book brother eat help hungry learn milk night no please school sister sorry"
+SOUND = {
+    "real": """bgs__video.avi bgs__video02.avi exo__roadtrip-vp92-10bit.webm
+        facenet__video_tracked.mp4 fftut__small_bunny_1080p_60fps.mp4 gpmf__hero7.mp4
+        intel__car-detection.mp4 intel__face-demographics-walking.gif
+        intel__one-by-one-person-detection.mp4 intel__person-bicycle-car.gif lp__d6.mp4 mb__0.ts
+        mb__transparency.webm mb__video-h265.mp4 mdn__flower-fragmented.mp4 mdn__flower.mp4
+        mdn__flower.webm mdn__friday.mp4 moviepy__big_buck_bunny_0_30.webm moviepy__chaplin.mp4
+        moviepy__fire2.mp4 moviepy__sintel-trailer-480p_second_vid.mp4
+        moviepy__video_for_blend_modes.mp4 mp4p__foreman-hevc-384.mp4 mp4p__multiTrack.3gp
+        sam2__01_dog.mp4 sam2__05_default_juggle.mp4 sam2__bedroom.mp4 skv__carphone_pristine.mp4
+        v2d__test_video.mp4""",
+    "truth": """mb__video.mp4 psd__delayed_start.mp4 psd__fades.mp4 psd__testvideo.mp4
+        skv__bigbuckbunny.mp4 skv__bikes.mp4""",
+    "truth/torchcodec": """bt2020_10bit.mp4 bt601_full_range.mp4 bt601_limited_range.mp4
+        bt709_full_range.mp4 nasa_13013.mp4 nasa_13013_hdr.mp4 nasa_13013_mkv_duration_tag.mkv
+        nasa_13013_rotated.mp4 nasa_13013_vfr.mp4 testsrc2_odd_height_and_width_mpeg2.mp4
+        testsrc2_odd_height_and_width_vp9.mp4 var_fps_video.mp4""",
+    "truth/asl": " ".join(
+        f"{w}.mkv" for w in [*ASL.split(), *["student", "thanks", "walk", "want", "yes"]]
+    ),
+}
+FILES = [f"{folder}/{name}" for folder, names in SOUND.items() for name in names.split()]
+LARGE_BYTES = 1_500_000
+"""From this size on every frame's place is compared, but pixels of the rows of 2 fps alone."""
+
+
+@cache
+def sound(path: Path) -> tuple[bytes, Reference, Decoded]:
+    """A file, a plain decode of it and its rows at 2 fps."""
+    data = path.read_bytes()
+    rows = decode(data, fps(2), context=True, chunk_frames=16)
+    keep = set(rows.index)
+    reference = decode_plainly(data, lambda i: len(data) < LARGE_BYTES or i in keep)
+    assert reference.errors == 0
+    return data, reference, rows
+
+
+def test_every_real_and_truth_file_is_named(shared_videos: Path) -> None:
+    media = {".mp4", ".mkv", ".webm", ".avi", ".gif", ".ts", ".3gp"}
+    there = {
+        str(p.relative_to(shared_videos))
+        for folder in ("real", "truth")
+        for p in (shared_videos / folder).rglob("*")
+        if p.suffix in media
+    }
+    assert there == set(FILES)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_rows_are_those_of_a_plain_decode(shared_videos: Path, name: str) -> None:
+    data, reference, at_2_fps = sound(shared_videos / name)
+    large = len(data) >= LARGE_BYTES
+    every = decode(data, ALL, geometries=[] if large else [SMALL])
+    assert every.marks == list(enumerate(reference.pts))
+    expected = reference.pts
+    if expected == sorted(expected, key=lambda p: p or 0):
+        assert at_2_fps.index == reference.fps_rows(Fraction(2))
+    assert all(row.pts == expected[row.index] for row in at_2_fps.rows)
+    for got in (every, at_2_fps):
+        assert (got.end.status, got.end.decode_errors) == ("ok", 0)
+        assert got.end.end_frame == len(expected)
+        assert all(
+            row.pixels == reference.pixels[row.index].tobytes() for row in got.rows if row.pixels
+        )
+    for chunk, before in zip(at_2_fps.chunks[1:], at_2_fps.chunks, strict=False):
+        assert chunk.context
+        assert (chunk.pixels[SMALL.key][0] == before.pixels[SMALL.key][-1]).all()
+    skips = not (at_2_fps.end.fallback or at_2_fps.end.frames_decoded == len(expected))
+    assert skips or at_2_fps.end.fallback or len(expected) < 200
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_parts_add_up_to_the_whole(shared_videos: Path, name: str) -> None:
+    data, _, whole = sound(shared_videos / name)
+    info, table = probe(BytesSource(data), limits=DecodeLimits())
+    plans = {len(p): p for p in (clip_ranges(info, table, s) for s in (0.1, 4, 11))}
+    for parts in plans.values():
+        if len(parts) == 1 or (len(parts) > 12 and len(plans) > 2):
+            continue
+        pieces = [decode(data, fps(2), part=p, context=True, chunk_frames=16) for p in parts]
+        assert [row for piece in pieces for row in piece.rows] == whole.rows
+        previous = None
+        for piece in pieces:
+            assert piece.end.status == "ok"
+            if piece.rows:
+                assert piece.chunks[0].context == (previous is not None)
+                if previous is not None:
+                    assert piece.chunks[0].pixels[SMALL.key][0].tobytes() == previous.pixels
+                previous = piece.rows[-1]
+
+
+OUTCOMES = """
+-video-with-dash-.mp4                                 ok       5
+decord__corrupted.mp4                                 corrupt  49
+decord__video_270.mov                                 ok       3
+decord__video_90.mov                                  ok       3
+exo__bear-vp9-odd-dimensions.webm                     ok       30
+exo__git-lfs-pointer.mp4                              failed   not_media
+exo__sample_with_sdt.ts                               failed   truncated
+exo__subsample_encrypted_altref.webm                  failed   encrypted
+libwebm__blockgroup_block_ends_beyond_blockgroup.mkv  truncated  1
+libwebm__fixed_lacing_bad_lace_size.mkv               failed   truncated
+libwebm__invalid_vp9_bitstream-bug_1416.webm          failed   too_large
+libwebm__matroska_doctype.mkv                         failed   codec_refused
+mb__36-bytes.mov                                      failed   truncated
+mb__annex-b-avc.mkv                                   ok       745
+mb__av1-aac.avi                                       ok       25
+mb__edit-list-discard.mp4                             ok       49
+mb__edts.mp4                                          ok       225
+mb__entry12-variant1-init.mp4                         failed   zero_frames
+mb__entry24-segment3.ts                               ok       100
+mb__missing-keyframe-labels.ts                        ok       600
+mb__multiple-aac-tracks.mp4                           failed   no_video
+mb__no-aud.ts                                         truncated  9
+mb__sar_2x1.mp4                                       ok       150
+mb__segment-without-moov.mp4                          failed   truncated
+mb__test-mkv-ass-fonts.mkv                            ok       250
+mb__toothsome-dts.mp4                                 failed   no_video
+mb__transparency-faulty.webm                          ok       300
+mb__wrong-keyframe-labels.mp4                         ok       120
+moviepy__audio-only_somename.mp4                      failed   no_video
+moviepy__no_duration.webm                             ok       74
+moviepy__zero-bytes_result.webm                       failed   empty
+mp4ff__2xSencNoMdat.mp4                               failed   truncated
+mp4ff__init_truncated.mp4                             failed   truncated
+mp4ff__stereo_spatial.mp4                             ok       10
+mp4ff__vvc_400kbps_2s.mp4                             ok       50
+mp4p__MOV00006.3gp                                    ok       222
+mp4p__h265-sample.mp4                                 ok       299
+mp4rs__invalid_userdata.mp4                           failed   zero_frames
+mp4rs__metadata.mp4                                   ok       1
+mp4rs__no_timescale.mp4                               corrupt  165
+mp4rs__video_colr_nclx_rgb.mp4                        ok       3
+mp4rs__zero_empty_stsc.mp4                            failed   undecodable
+small__AudioVideoInterleave.avi                       failed   zero_frames
+small__Mpeg4.mp4                                      failed   no_video
+small__gif.gif                                        failed   zero_frames
+small__mp4.mp4                                        ok       1
+tc__frame_exceeds_screen.gif                          ok       1
+tc__sine_stereo_mp2.mpg                               ok       100
+vhs__gear4-0.ts                                       ok       300
+vhs__media-live.m3u8                                  failed   format_refused
+vhs__zeroLength.ts                                    failed   zero_frames
+"""
+"""Of each odd file: ok or the kind of partial with the rows of the rule `all`, or why it failed."""
+ODD = dict((line.split()[0], line.split()[1:]) for line in OUTCOMES.strip().splitlines())
+
+
+def test_every_odd_file_is_named(shared_videos: Path) -> None:
+    assert {p.name for p in (shared_videos / "odd").iterdir()} == set(ODD)
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_files_end_as_they_should(shared_videos: Path, name: str) -> None:
+    data = (shared_videos / "odd" / name).read_bytes()
+    outcome, detail = ODD[name]
+    if outcome == "failed":
+        with pytest.raises(MediaError) as error:
+            decode(data, ALL)
+        assert error.value.kind == detail and error.value.advice and not error.value.retryable
+        return
+    got = decode(data, ALL)
+    assert (got.end.kind or "ok", len(got.rows)) == (outcome, int(detail)), got.end
+    assert got.end.status == ("ok" if outcome == "ok" else "partial")
+    sparse = decode(data, fps(1))
+    by_index = {row.index: row for row in got.rows}
+    for row in sparse.rows:
+        assert row._replace(covers_s=0) == by_index[row.index]._replace(covers_s=0)
+
+
+def test_is_keyframe_is_what_the_container_says(shared_videos: Path) -> None:
+    data = (shared_videos / "odd/mb__wrong-keyframe-labels.mp4").read_bytes()
+    _, table = probe(BytesSource(data), limits=DecodeLimits())
+    assert table is not None
+    got = decode(data, ALL)
+    assert [row.key for row in got.rows] == table.keys.tolist()
+    assert decode(data, Sample(kind="keyframes")).index == np.flatnonzero(table.keys).tolist()
+
+
+def test_display_sizes_and_rotation(shared_videos: Path) -> None:
+    for name, width, height, turn in (
+        ("odd/decord__video_90.mov", 320, 568, 90),
+        ("odd/decord__video_270.mov", 320, 568, 270),
+        ("truth/torchcodec/nasa_13013_rotated.mp4", 270, 480, 270),
+        ("real/moviepy__fire2.mp4", 1280, 720, 180),
+    ):
+        info = decode((shared_videos / name).read_bytes(), fps("1/100")).info
+        assert (info.width_px, info.height_px, info.rotation_deg) == (width, height, turn)
+
+
+def test_published_times_of_frames(shared_videos: Path) -> None:
+    folder = shared_videos / "truth/torchcodec"
+    for name in ("nasa_13013.mp4", "nasa_13013_rotated.mp4", "var_fps_video.mp4"):
+        published = json.loads((folder / f"{name}.stream0.all_frames_info.json").read_text())
+        got = decode((folder / name).read_bytes(), ALL, geometries=[])
+        times = [float(frame["pts_time"]) for frame in published]
+        assert [row.time_s for row in got.rows] == pytest.approx(
+            [t - times[0] for t in times], abs=1e-5
+        )
+
+
+def test_published_pixels_of_frames(shared_videos: Path) -> None:
+    loader: dict[str, object] = {}
+    exec(
+        (shared_videos / "truth/pt_frame.py").read_text(), loader
+    )  # the shared reader of the truth
+    folder = shared_videos / "truth/torchcodec"
+    size = Geometry(width_px=320, height_px=180)
+    got = decode((folder / "nasa_13013.mp4").read_bytes(), ALL, geometries=[size])
+    pictures = [p for chunk in got.chunks for p in chunk.pixels[size.key]]
+    compared = 0
+    for path in sorted(folder.glob("nasa_13013.mp4.stream0.frame*.pt")):
+        published = loader["load"](path)  # type: ignore[operator]
+        own = pictures[int(path.name.split("frame")[1][:6])]
+        assert np.abs(own.astype(int) - published).mean() < 1.0
+        compared += 1
+    assert compared > 10
