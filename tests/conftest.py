@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-pytest_plugins = ["tests.s3", "tests.s3_faults", "tests.made_output"]
+pytest_plugins = ["tests.s3", "tests.s3_faults", "tests.ray_cluster", "tests.made_output"]
 SHARED_VIDEOS = Path(__file__).resolve().parents[2] / "shared" / "videos"
 
 

@@ -20,6 +20,8 @@ STATS_EVERY_S = 10.0
 BATCH_STUCK_S = 600.0
 """One batch in a predictor; then its process is started again."""
 
+NONE_LINE_S = 30.0
+
 LAST_WORD_S = 2.0
 """For the numbers at the end of a run."""
 
@@ -45,7 +47,7 @@ class Crew:
         self._seen_up = False
         self._silent: set[int] = set()
         """Those that are to be asked whether they are up."""
-        self._asked_at = 0.0
+        self._asked_at = self._none_since = 0.0
         self._packed: Any = None
 
     def hire(self, spec: RunSpec, pools: Pools) -> None:
@@ -62,7 +64,13 @@ class Crew:
         for i in tuple(self._silent):
             self._silent.remove(i)
             self._ask(i, "ready", self._ready)
-        if (now := time.monotonic()) - self._asked_at >= STATS_EVERY_S and self.up:
+        now = time.monotonic()
+        if self.up or not self._seen_up:
+            self._none_since = now
+        elif now - self._none_since >= NONE_LINE_S:
+            self._none_since = now
+            self._note(f"none of {len(self.handles)} predictors is up: decoders wait for one")
+        if now - self._asked_at >= STATS_EVERY_S and self.up:
             self._asked_at = now
             for i in range(len(self.handles)):
                 self._ask(i, "stats", self._told)

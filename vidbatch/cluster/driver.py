@@ -21,11 +21,12 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 import ray
+from ray.exceptions import ActorUnavailableError
 
 import vidbatch
 from vidbatch.cluster.crew import Crew
 from vidbatch.cluster.decoder import Beat, Decoder, Fault, TaskEnd
-from vidbatch.cluster.faults import DEATHS, is_node_loss, one_line
+from vidbatch.cluster.faults import DEATHS, is_node_loss, is_unclear, one_line
 from vidbatch.cluster.metrics import attribute
 from vidbatch.cluster.orders import Returned
 from vidbatch.cluster.pools import Pools, make_decoder_actor, plan_pools, start_ray
@@ -42,6 +43,9 @@ from vidbatch.progress import human_s
 STUCK_S = 180.0
 """A task without any progress for so long (or for its planned cost) is stuck. Longer than what the
 decoder's own child may be silent, so that a hanging file is the child's death, not the actor's."""
+
+VERDICT_S = 60.0
+"""For Ray to say what became of an actor that does not answer."""
 
 HALT_S = 60.0
 """For commits under way when the run is stopped."""
@@ -134,25 +138,31 @@ class RayEngine:
             )
             if (now := time.monotonic()) - started > wait_s:
                 raise ClusterError(
-                    f"{state} after {human_s(wait_s)} (engine.wait_s); nothing was begun; look at "
-                    f"`ray status`: do nodes with {'GPUs' if pools.device == 'cuda' else 'CPUs'} "
-                    "come?",
+                    f"{state} after {human_s(wait_s)} (engine.wait_s); nothing was begun; "
+                    "`ray status` says what nodes there are and what was asked for",
                     kind="no_actors",
                 )
             if now - said > WAITING_LINE_S:
                 said = now
                 self._note(f"waiting for the cluster: {state}")
-            for _ in self._step(TICK_S):
-                pass  # there are no reports yet
+            deque(self._step(TICK_S), maxlen=0)  # no reports yet
 
     def _hire(self, slot: Slot) -> None:
         """A new actor for a slot, perhaps pending."""
         *args, pool = self._args
         handle = make_decoder_actor(self.decoder_class, *args, {**pool, "seed": slot.index})
         slot.occupy(handle)
-        self._on(handle.ready.remote(), self._decoder_ready, slot, handle)
+        self._ask_ready(slot)
+
+    def _ask_ready(self, slot: Slot) -> None:
+        slot.asking = True
+        call = slot.handle.ready.options(concurrency_group="control")
+        self._on(call.remote(), self._decoder_ready, slot, slot.handle)
 
     def _decoder_ready(self, slot: Slot, handle: Any, answer: Future[Any]) -> None:
+        if slot.handle is not handle:
+            return
+        slot.asking = False
         error = answer.exception()
         if error is not None and getattr(error, "actor_init_failed", False):
             raise ClusterError(
@@ -160,7 +170,10 @@ class RayEngine:
                 kind="no_actors",
             ) from error
         if isinstance(error, DEATHS):
-            self._bury(slot, handle, error)
+            self._lost(slot, handle, error)
+            return
+        if slot.missing_since is not None:  # it was only out of reach, but its answers are lost
+            self._bury(slot, ActorUnavailableError("the connection was lost", None))
             return
         version = answer.result()["version"]
         if version != vidbatch.__version__:
@@ -242,30 +255,40 @@ class RayEngine:
             return None
         error = answer.exception()
         if isinstance(error, DEATHS):
-            self._bury(slot, handle, error)
+            self._lost(slot, handle, error)
             return None
         flight.done = True
         slot.flights.remove(flight)
         slot.moved_at = time.monotonic()
         self._hungry.append(slot)
-        order, task_id = flight.order, flight.order.task.task_id
+        order = flight.order
         end = answer.result() if error is None else Fault(clip=-1, message=one_line(error))
         if isinstance(end, TaskReport):
             self._fruitless = 0
-            self._returned.done(task_id)
+            self._returned.done(end.task_id)
             return end
         if end is not None and not self._halted:
-            self._note(f"task {task_id}, attempt {order.attempt}: {end.message}; it goes again")
             if isinstance(end, Fault):
-                self._returned.died(order, slot.index, end.clip, end.message)
+                line = self._returned.died(order, slot.index, end.clip, end.message)
             else:
-                self._returned.store_failed(order, slot.index, end)
+                line = self._returned.store_failed(order, slot.index, end)
+            self._note(line)
         return None
 
-    def _bury(self, slot: Slot, handle: Any, error: BaseException) -> None:
-        """An actor is gone: its first order's clip is charged, both orders go again."""
+    def _lost(self, slot: Slot, handle: Any, error: BaseException) -> None:
+        """An actor does not answer: is it dead, or its node, or the way to it?"""
         if slot.handle is not handle:
             return
+        now = time.monotonic()
+        if not is_unclear(error):
+            self._bury(slot, error)
+        elif slot.missing_since is None:
+            slot.missing_since, slot.ready = now, False
+        elif now - slot.missing_since > VERDICT_S:
+            self._bury(slot, error)
+
+    def _bury(self, slot: Slot, error: BaseException) -> None:
+        """An actor is gone: its first order's clip is charged, both orders go again."""
         flights, clip, why = tuple(slot.flights), slot.clip_under_work(), one_line(error)
         slot.vacate()
         self._deaths += 1
@@ -281,19 +304,11 @@ class RayEngine:
         self._hire(slot)
         for flight in flights[1:]:
             self._returned.put_back(flight.order, slot.index)
-        if not flights:
-            return
-        order = flights[0].order
-        about = f"task {order.task.task_id}, attempt {order.attempt}"
-        if is_node_loss(error):
-            self._note(f"a node was lost with {about}; it goes again")
-            self._returned.lost_node(order, slot.index, why)
-            return
-        if clip >= 0:
-            self._fruitless = 0
-            about += f", at {order.task.clips[clip].video.uri}"
-        self._note(f"a decoder died ({about}): {why}; the task goes again")
-        self._returned.died(order, slot.index, clip, why)
+        if flights and is_node_loss(error):
+            self._note(self._returned.lost_node(flights[0].order, slot.index, why))
+        elif flights:
+            self._fruitless *= clip < 0
+            self._note(self._returned.died(flights[0].order, slot.index, clip, why))
 
     # watch ------------------------------------------------------------------------------------
 
@@ -310,12 +325,9 @@ class RayEngine:
         error = answer.exception()
         if error is not None:
             if isinstance(error, DEATHS) and not slot.flights:
-                self._bury(slot, handle, error)
+                self._lost(slot, handle, error)
             return  # its order's own call ends as well; if not, the next tick asks again
-        beat = answer.result()
-        if beat.waiting or (beat.seq, beat.moved) != (slot.beat.seq, slot.beat.moved):
-            slot.moved_at = time.monotonic()
-        slot.beat = beat
+        slot.hear(answer.result(), time.monotonic())
         if not self._dropping:
             self._ask_progress(slot)
         elif drop and not slot.committing:
@@ -326,17 +338,19 @@ class RayEngine:
         for slot in self._slots:
             if now > self._halt_by:
                 slot.vacate()
+            if slot.missing_since is not None and not slot.asking:
+                self._ask_ready(slot)
             if not slot.ready:
                 continue
             self._some_up_at = now
             if not slot.asking:
                 self._ask_progress(slot)
-            if slot.flights and not self._halted:
-                limit_s = max(STUCK_S, slot.flights[0].order.task.cost_s)
-                if now - slot.moved_at > limit_s:
-                    self._note(f"a decoder has not moved for {human_s(limit_s)} and is ended")
-                    slot.moved_at = now
-                    ray.kill(slot.handle)
+            if slot.is_stuck(now, STUCK_S) and not self._halted:
+                self._note(
+                    f"a decoder did not move for {human_s(now - slot.moved_at)}: it is ended"
+                )
+                slot.moved_at = now
+                ray.kill(slot.handle)
         if now - self._some_up_at > self._job.engine.wait_s and not self._halted:
             raise ClusterError(
                 f"no decoder was up for {human_s(now - self._some_up_at)}; what is committed "

@@ -12,6 +12,7 @@ They share no root but RayError, which RayTaskError (our exception, raised over 
 from __future__ import annotations
 
 from ray.exceptions import (
+    ActorUnavailableError,
     NodeDiedError,
     ObjectLostError,
     OutOfMemoryError,
@@ -32,10 +33,16 @@ DEATHS: tuple[type[BaseException], ...] = (
 MESSAGE_CHARS = 300
 
 
+def is_unclear(error: BaseException) -> bool:
+    """Whether an actor does not answer and nobody knows yet why: Ray needs 15 s to see that a node
+    is gone, and until then calls to its actors end like this."""
+    return isinstance(error, ActorUnavailableError)
+
+
 def is_node_loss(error: BaseException) -> bool:
     """Whether a node went, and with it an actor that had done nothing to deserve it."""
     return (
-        isinstance(error, NodeDiedError)
+        isinstance(error, NodeDiedError | ActorUnavailableError)
         or bool(getattr(error, "preempted", False))
         or "its node has died" in str(error)
     )
@@ -52,4 +59,4 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}"[:MESSAGE_CHARS]
 
 
-__all__ = ["DEATHS", "RayError", "RayTaskError", "is_node_loss", "one_line"]
+__all__ = ["DEATHS", "RayError", "RayTaskError", "is_node_loss", "is_unclear", "one_line"]

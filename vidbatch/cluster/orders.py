@@ -74,8 +74,8 @@ class Returned:
         for tally in (self._blind, self._nodes, self._store):
             tally.pop(task_id, None)
 
-    def died(self, order: WorkOrder, slot: int, clip: int, why: str) -> None:
-        """A worker died at a clip (-1: nobody knows which).
+    def died(self, order: WorkOrder, slot: int, clip: int, why: str) -> str:
+        """A worker died at a clip (-1: nobody knows which); gives the line that says so.
 
         Raises:
             ClusterError: its workers die even when every clip is left out.
@@ -94,23 +94,30 @@ class Returned:
             if self._blind[task_id] == BLIND_DEATHS:
                 deaths = dict.fromkeys(range(len(order.task.clips)), self._attempts)
         self._again(replace(order, deaths=deaths), slot, 0.0)
+        where = f" at {order.task.clips[clip].video.uri}" if clip >= 0 else ""
+        return f"a decoder died{where}: {why}; {_again(order)}"
 
-    def lost_node(self, order: WorkOrder, slot: int, why: str) -> None:
+    def lost_node(self, order: WorkOrder, slot: int, why: str) -> str:
         """A node went away under its worker. Raises ClusterError as `died` does."""
         self._nodes[order.task.task_id] += 1
         if self._nodes[order.task.task_id] > NODE_LOSSES:
-            self.died(order, slot, -1, why)
-        else:
-            self._again(order, slot, 0.0)
+            return self.died(order, slot, -1, why)
+        self._again(order, slot, 0.0)
+        return f"a node was lost; {_again(order)}"
 
-    def store_failed(self, order: WorkOrder, slot: int, error: InfraError) -> None:
+    def store_failed(self, order: WorkOrder, slot: int, error: InfraError) -> str:
         """The output's store failed under it: again after a pause. Raises `error` in the end."""
         task_id = order.task.task_id
         self._store[task_id] += 1
         if self._store[task_id] >= STORE_TRIES:
             raise error
         self._again(order, slot, STORE_PAUSE_S * 2.0 ** (self._store[task_id] - 1))
+        return f"{error.message}; {_again(order)}"
 
     def _again(self, order: WorkOrder, slot: int, pause_s: float) -> None:
         order = replace(order, attempt=order.attempt + 1)
         self._waiting.append(_Waiting(order, slot, time.monotonic() + pause_s))
+
+
+def _again(order: WorkOrder) -> str:
+    return f"task {order.task.task_id} goes again (attempt {order.attempt} ended)"

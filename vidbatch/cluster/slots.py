@@ -39,6 +39,8 @@ class Slot:
     """When the order under work was last seen to make progress."""
     asking: bool = False
     """Whether a call of `progress` is out."""
+    missing_since: float | None = None
+    """Since when its actor does not answer."""
     past_restarts: int = 0
     """Of decoder processes, under actors before this one."""
 
@@ -63,10 +65,23 @@ class Slot:
         """Position of the clip that was under work when last heard of; -1: nobody knows."""
         return self.beat.clip if self.names_order and self.beat.stage != "commit" else -1
 
+    def is_stuck(self, now: float, least_s: float) -> bool:
+        """Whether the order under work has not moved for too long."""
+        if not (self.ready and self.flights):
+            return False
+        return now - self.moved_at > max(least_s, self.flights[0].order.task.cost_s)
+
+    def hear(self, beat: Beat, now: float) -> None:
+        """Takes in a beat; waiting for a predictor is nobody's standstill."""
+        if beat.waiting or (beat.seq, beat.moved) != (self.beat.seq, self.beat.moved):
+            self.moved_at = now
+        self.beat = beat
+
     def occupy(self, handle: Any) -> None:
         """A new actor takes the place; it is not up yet."""
         self.past_restarts += self.beat.child_restarts
         self.handle, self.ready, self.asking, self.beat = handle, False, False, Beat(seq=0)
+        self.missing_since = None
 
     def vacate(self) -> None:
         """Ends the actor, whatever it does."""

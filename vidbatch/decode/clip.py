@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 from vidbatch.data import (
     ByteSource,
@@ -109,6 +110,7 @@ class _Pass:
     ) -> None:
         self._source = source
         self._video = video
+        self._reopen = partial(open_video, source, max_pixels=video.max_pixels)
         self._sample = sample
         self._rows = rows
         self._plan = plan
@@ -134,7 +136,15 @@ class _Pass:
             numbered = number_packets(video, self._plan.table if self._plan else None, packets)
             tabled = self._plan is not None
             wanted = decode_wanted(
-                video, numbered, inspect, selection, clock, first, self._tally, tabled=tabled
+                video,
+                self._reopen,
+                numbered,
+                inspect,
+                selection,
+                clock,
+                first,
+                self._tally,
+                tabled=tabled,
             )
             for shown in wanted:
                 yield from self._row(shown)

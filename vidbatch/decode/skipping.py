@@ -7,15 +7,16 @@ decoded; of others the packets up to the last wanted one, without those nothing 
 
 What makes it exact is checked, not assumed: frames carry the number of their packet, the first one
 is the GOP's first, pts are those of the packets, all wanted frames come, in order and undamaged. A
-GOP in which something is damaged is decoded whole, from an empty decoder like all others, so that
-its rows are the same however the video is cut. Timestamps or flags that cannot be relied on end the
+GOP in which something is damaged is decoded whole, by a decoder without a past, so that its rows are
+the same however the video is cut. Timestamps or flags that cannot be relied on end the
 quick path (SkippingFailedError): then everything is decoded in order.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from itertools import pairwise
 from typing import NamedTuple
@@ -46,6 +47,9 @@ UNREADABLE = Facts(entry=False, shown=True, layer=0)
 MAX_HELD_BYTES = 64 * 2**20
 MAX_HELD_PACKETS = 20_000
 """A GOP beyond these is not held: it is a video with next to no keyframes, decoded in order."""
+
+
+Reopen = Callable[[], AbstractContextManager[OpenVideo]]
 
 
 class _DamagedError(Exception):
@@ -100,6 +104,7 @@ class _Gop:
 
 def decode_wanted(
     video: OpenVideo,
+    reopen: Reopen,
     packets: NumberedPackets,
     inspect: Inspector,
     selection: Selection,
@@ -112,6 +117,7 @@ def decode_wanted(
     """Decodes what `selection` takes; yields these frames, in display order.
 
     Args:
+        reopen: Opens the same video once more, for a decoder without a past.
         first_index: frame_index of the first frame of `packets`.
         tabled: Whether a packet table vouches for every packet being one picture.
 
@@ -119,7 +125,7 @@ def decode_wanted(
         SkippingFailedError: decode in order instead; what was yielded is right.
         StoreError: the bytes could not be had.
     """
-    runner = _Runner(video, tally)
+    runner = _Runner(video, reopen, tally)
     index, taken, ahead = first_index, set[int](), 0
     for gop, following in _gops(packets, inspect, tally, tabled):
         places = sorted((h for h in gop.held if h.shown), key=lambda h: h.pts)
@@ -191,8 +197,9 @@ def _gops(
 class _Runner:
     """Feeds the decoder one GOP at a time, from empty to empty, and checks what comes out."""
 
-    def __init__(self, video: OpenVideo, tally: Tally) -> None:
+    def __init__(self, video: OpenVideo, reopen: Reopen, tally: Tally) -> None:
         self._video = video
+        self._reopen = reopen
         self._context = video.stream.codec_context
         self._tally = tally
         self._doubts = MAX_PROOFS
@@ -262,7 +269,7 @@ class _Runner:
 
     def _sound(self, held: _Held | None) -> Iterator[tuple[_Sound, VideoFrame]]:
         """Undamaged frames that come out. Raises _DamagedError at the first that is not."""
-        for frame in self._send(held):
+        for frame in _send(self._video, held):
             self._tally.frames += 1
             mark = frame.opaque
             if not isinstance(mark, Mark) or mark.pts is None or frame.is_corrupt:
@@ -272,31 +279,37 @@ class _Runner:
             yield _Sound(mark.number, mark.pts), frame
 
     def _thorough(self, gop: _Gop, wanted: dict[int, Shown]) -> Iterator[Shown]:
-        """A GOP that holds damage, whole: what does not come out is a hole."""
-        self._context.flush_buffers()
-        self._context.skip_frame = "DEFAULT"
-        waiting = dict(wanted)
-        for held in [*gop.held, None]:
-            try:
-                frames = self._send(held)
-            except _DamagedError:
-                self._tally.errors += 1
-                continue
-            for frame in frames:
-                mark = frame.opaque if isinstance(frame.opaque, Mark) else None
-                suspect = mark is None or mark.number in gop.damaged
-                corrupt = self._tally.note(frame, suspect=suspect)
-                shown = waiting.pop(mark.number, None) if mark is not None else None
-                if shown is not None:
-                    for late in [n for n, s in waiting.items() if s.index < shown.index]:
-                        del waiting[late]
-                    yield replace(shown, frame=frame, corrupt=corrupt)
+        """A GOP that holds damage, whole: what does not come out is a hole.
+
+        A decoder of its own does it: what stands in for lost pixels must not depend on what was
+        decoded before, for that depends on how the video is cut.
+        """
+        last = None
+        with self._reopen() as video:
+            for held in [*gop.held, None]:
+                try:
+                    frames = _send(video, held)
+                except _DamagedError:
+                    self._tally.errors += 1
+                    continue
+                for frame in frames:
+                    mark = frame.opaque if isinstance(frame.opaque, Mark) else None
+                    suspect = mark is None or mark.number in gop.damaged
+                    corrupt = self._tally.note(frame, suspect=suspect)
+                    # A frame that comes late has lost its place, whichever frames are wanted.
+                    if mark is None or mark.pts is None or (last is not None and mark.pts <= last):
+                        continue
+                    last = mark.pts
+                    if mark.number in wanted:
+                        yield replace(wanted[mark.number], frame=frame, corrupt=corrupt)
+            self._video.too_large |= video.too_large
         self._context.flush_buffers()
 
-    def _send(self, held: _Held | None) -> list[VideoFrame]:
-        if held is not None:
-            held.packet.opaque = held.mark
-        try:
-            return self._video.decode(held.packet if held is not None else None)
-        except av.FFmpegError as error:
-            raise _DamagedError from error
+
+def _send(video: OpenVideo, held: _Held | None) -> list[VideoFrame]:
+    if held is not None:
+        held.packet.opaque = held.mark
+    try:
+        return video.decode(held.packet if held is not None else None)
+    except av.FFmpegError as error:
+        raise _DamagedError from error

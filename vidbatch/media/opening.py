@@ -163,7 +163,7 @@ class OpenVideo:
         self.demux_error: str | None = None
         self.too_large = False
         """Whether the decoder refused a picture for its size."""
-        self._max_pixels = max_pixels
+        self.max_pixels = max_pixels
 
     def packets(self) -> Iterator[Packet[VideoStream]]:
         """The stream's packets in decode order, without the empty one that flushes.
@@ -209,10 +209,10 @@ class OpenVideo:
             frames: list[VideoFrame] = context.decode(packet)
         except av.FFmpegError as error:
             pixels = context.width * context.height
-            allowed = 0 < pixels <= self._max_pixels
-            if error.errno == errno.ENOMEM and allowed:
+            if error.errno == errno.ENOMEM and 0 < pixels <= self.max_pixels:
                 raise MemoryError(f"no memory to decode {pixels} pixels") from error
-            self.too_large |= error.errno == errno.EINVAL and not allowed
+            # No damage makes a decoder call its arguments invalid: a refused size does.
+            self.too_large |= error.errno == errno.EINVAL or pixels > self.max_pixels
             raise
         return frames
 
@@ -326,9 +326,11 @@ def open_video(source: ByteSource, *, max_pixels: int) -> Iterator[OpenVideo]:
 def _choose_stream(container: Any, source: ByteSource) -> VideoStream:
     """The first video stream that is not a cover picture."""
     streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
-    declared = declared_bytes(source) if not streams else None
-    if declared is not None and declared > source.size_bytes:
-        raise _cut_off(source.size_bytes, declared)
+    context = streams[0].codec_context if streams else None
+    if context is None:
+        declared = declared_bytes(source)
+        if declared is not None and declared > source.size_bytes:
+            raise _cut_off(source.size_bytes, declared)
     if not streams:
         raise MediaError(
             f"no video stream ({container.format.name}); nothing to decode",
@@ -336,7 +338,7 @@ def _choose_stream(container: Any, source: ByteSource) -> VideoStream:
             advice="leave the object out with archive.exclude",
         )
     stream: VideoStream = streams[0]
-    name = stream.codec_context.codec.canonical_name if stream.codec_context else "unknown"
+    name = context.codec.canonical_name if context is not None else "unknown"
     if name not in CODECS:
         raise MediaError(
             f"codec {name} is not one this build decodes; the video is left out",
