@@ -126,7 +126,7 @@ def _write_clip(path: str, recipe: Recipe) -> None:
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
         if sound is not None:
-            _mux_silence(container, sound, recipe.audio_s)
+            mux_silence(container, sound, recipe.audio_s)
 
 
 def _encoder(recipe: Recipe) -> dict[str, str]:
@@ -180,7 +180,8 @@ def _matrix(recipe: Recipe) -> list[int]:
     return [a, b, 0, c, d, 0, 0, 0, 1 << 30]
 
 
-def _mux_silence(container: Any, stream: Any, seconds: float) -> None:
+def mux_silence(container: Any, stream: Any, seconds: float) -> None:
+    """Writes silence at 16 kHz, mono."""
     for i in range(int(seconds * 16000) // 1024):
         frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
         frame.sample_rate = 16000

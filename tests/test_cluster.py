@@ -17,8 +17,7 @@ import pytest
 
 from tests.outputs import check_no_key_twice, check_same, read_tables
 from tests.ray_faults import KILLS_ITS_PROCESS, faulty_decoder
-from vidbatch.cluster import driver as driver_module
-from vidbatch.cluster import orders, pools
+from vidbatch.cluster import orders, pools, slots
 from vidbatch.cluster.client import credit_bytes
 from vidbatch.cluster.driver import RayEngine
 from vidbatch.cluster.metrics import attribute
@@ -315,7 +314,7 @@ def test_whatever_dies_once_leaves_no_trace_in_the_tables(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A decoder killed, one that hangs, a fault of ours, a predictor killed, all in one run."""
-    monkeypatch.setattr(driver_module, "STUCK_S", 3.0)
+    monkeypatch.setattr(slots, "STUCK_S", 3.0)
     (marks := tmp_path / "marks").mkdir()
     faulty = faulty_decoder(
         {

@@ -111,6 +111,19 @@ def test_what_cannot_be_skipped_in_is_decoded_in_order_and_says_why(name: str) -
         assert why in (check_rows(data, sample).end.fallback or "")
 
 
+def test_decode_times_in_an_mp4_do_not_number_frames() -> None:
+    def lie(n: int, packet: Any) -> Any:
+        packet.pts = packet.dts
+        return packet
+
+    for codec in ("libx264", "libx265"):
+        data = remux(make_clip(codec=codec), lie, container="mp4")
+        for sample in (ALL, fps(5), Sample(kind="every", every=7)):
+            got = decode(data, sample)
+            assert got.numbers() == got.index and got.end.status == "ok"
+            assert got.end.end_frame == 60 and "another order" in (got.end.fallback or "")
+
+
 def test_skipping_decodes_less() -> None:
     data = make_clip(frames=120)
     decoded = {r: decode(data, fps(r)).end.frames_decoded for r in (25, 5, 1)}

@@ -1,4 +1,4 @@
-"""decode_clip on damaged and malformed videos: what must come out, and that it is called by its name."""
+"""decode_clip on damaged and malformed videos: what must come out, called by its name."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import av
 import pytest
 
-from tests.clips import draw_number, flip_bits, make_clip, media_start, patch, remux
+from tests.clips import draw_number, flip_bits, make_clip, media_start, mux_silence, patch, remux
 from tests.decoding import ALL, decode, fps
 from vidbatch.data import DecodeLimits, Sample
 from vidbatch.errors import MediaError
@@ -20,7 +20,7 @@ from vidbatch.probe import clip_ranges, probe
 MP4 = make_clip()
 LATE = make_clip(faststart=False)
 MKV = make_clip(container="matroska")
-AVI = make_clip(container="avi", b_frames=0)
+AVI = make_clip(container="avi", codec="mpeg4", b_frames=0)
 TS = make_clip(container="mpegts")
 FRAGMENTS = make_clip(fragmented=True)
 MEDIA = media_start(MP4)
@@ -55,9 +55,8 @@ def with_cover() -> bytes:
         stream: Any = container.add_stream("mjpeg", rate=1)
         stream.width, stream.height, stream.pix_fmt = 64, 64, "yuvj420p"
         stream.disposition = av.stream.Disposition.attached_pic
-        frame = av.VideoFrame.from_ndarray(draw_number(1), format="rgb24").reformat(
-            format="yuvj420p"
-        )
+        picture = av.VideoFrame.from_ndarray(draw_number(1), format="rgb24")
+        frame = picture.reformat(format="yuvj420p")
         frame.pts = 0
         container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
@@ -65,9 +64,11 @@ def with_cover() -> bytes:
 
 
 def no_video() -> bytes:
-    """An MP4 with sound alone: the video track is renamed to one nobody knows."""
-    sound = make_clip(audio_s=1.0, faststart=False)
-    return sound.replace(b"vide", b"hint")
+    """An MP4 with sound alone."""
+    out = io.BytesIO()
+    with av.open(out, "w", format="mp4") as container:
+        mux_silence(container, container.add_stream("aac", rate=16000, layout="mono"), 1.0)
+    return out.getvalue()
 
 
 ENCRYPTION = {
@@ -99,7 +100,7 @@ PARTIAL: dict[str, tuple[bytes, str, int]] = {
     "cut in half": (MP4[: len(MP4) // 2], "truncated", 10),
     "last byte missing": (MP4[:-1], "truncated", 59),
     "matroska cut": (MKV[: len(MKV) // 2], "truncated", 20),
-    "avi cut": (AVI[: len(AVI) // 2], "truncated", 28),
+    "avi cut": (AVI[: len(AVI) // 2], "truncated", 5),
     "transport stream cut inside a packet": (TS[: len(TS) // 2 + 37], "truncated", 28),
     "fragments cut": (FRAGMENTS[: len(FRAGMENTS) * 2 // 3], "truncated", 34),
     "bits flipped": (flip_bits(MP4, MEDIA + 8, len(MP4), 5, 2), "corrupt", 59),
@@ -162,7 +163,7 @@ def test_what_only_looks_broken_is_ok(name: str) -> None:
 
 
 def test_damage_leaves_a_hole_never_a_shift() -> None:
-    for container in ("mp4", "matroska", "mpegts"):
+    for container in ("mp4", "matroska"):
         whole = make_clip(container=container, codec="mpeg4", b_frames=0, gop=1)
         broken = remux(whole, blank(7), container=container)
         got = decode(broken, ALL)
@@ -185,10 +186,10 @@ def blank(number: int) -> Any:
     return change
 
 
-@pytest.mark.parametrize("codec", ["libx264", "libx265", "libvpx-vp9"])
-def test_a_damaged_first_picture_keeps_its_place(codec: str) -> None:
-    container = "webm" if codec.startswith("libvpx") else "mp4"
-    broken = remux(make_clip(codec=codec, container=container), blank(0), container=container)
+@pytest.mark.parametrize("codec", ["libx264", "libx265"])
+@pytest.mark.parametrize("container", ["mp4", "matroska"])
+def test_a_damaged_first_picture_keeps_its_place(codec: str, container: str) -> None:
+    broken = remux(make_clip(codec=codec), blank(0), container=container)
     got = decode(broken, ALL)
     assert got.index and got.index == got.numbers()
     assert got.end.end_frame == 60 and got.end.kind == "corrupt"

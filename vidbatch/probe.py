@@ -19,6 +19,8 @@ def probe(source: ByteSource, *, limits: DecodeLimits) -> tuple[VideoInfo, Packe
     """
     table, _ = read_packet_table(source, max_pixels=limits.max_pixels)
     with open_video(source, max_pixels=limits.max_pixels) as video:
+        if table is not None and table.denies_reordering(video.stream.codec_context.reorder_depth):
+            table = None
         start = int(table.pts[table.order[0]]) if table is not None else None
         return video.info(upright=None, start_pts=start), table
 

@@ -1,7 +1,7 @@
 """The engine on Ray: hands out orders, watches decoders, buries the dead, carries on.
 
 Everything that Ray answers becomes an event in one queue; one thread (whoever iterates `run`)
-takes them out, so there is no polling and no lock:
+takes them out, so there is no lock:
 
     supply ─▶ order ─▶ slot (a decoder actor) ─┬─ report ─▶ yielded
                          ▲                     ├─ died: the clip that `progress` last named is
@@ -17,7 +17,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
-from queue import Empty, SimpleQueue
 from typing import Any
 
 import ray
@@ -27,6 +26,7 @@ import vidbatch
 from vidbatch.cluster.crew import Crew
 from vidbatch.cluster.decoder import Beat, Decoder, Fault, TaskEnd
 from vidbatch.cluster.faults import DEATHS, is_node_loss, is_unclear, one_line
+from vidbatch.cluster.inbox import Inbox
 from vidbatch.cluster.metrics import attribute
 from vidbatch.cluster.orders import Returned
 from vidbatch.cluster.pools import Pools, make_decoder_actor, plan_pools, start_ray
@@ -39,13 +39,6 @@ from vidbatch.errors import ClusterError
 from vidbatch.pipeline.engine import Probed, Supply
 from vidbatch.pipeline.order import RunSpec, TaskReport, WorkOrder
 from vidbatch.progress import human_s
-
-STUCK_S = 180.0
-"""A task without any progress for so long (or for its planned cost) is stuck. Longer than what the
-decoder's own child may be silent, so that a hanging file is the child's death, not the actor's."""
-
-VERDICT_S = 60.0
-"""For Ray to say what became of an actor that does not answer."""
 
 HALT_S = 60.0
 """For commits under way when the run is stopped."""
@@ -71,12 +64,12 @@ class RayEngine:
 
     def __init__(self, spec: RunSpec, job: Job, *, note: Callable[[str], None]) -> None:
         self._spec, self._job, self._note = spec, job, note
-        self._events: SimpleQueue[tuple[Callable[..., Any], tuple[Any, ...]]] = SimpleQueue()
+        self._inbox = Inbox()
         self._slots: list[Slot] = []
         self._hungry: deque[Slot] = deque()
         """Slots that may have room."""
         self._returned = Returned(spec.attempts)
-        self._crew = Crew(self._on, note, self.predictor_class)
+        self._crew = Crew(self._inbox.on, note, self.predictor_class)
         self._pools: Pools | None = None
         self._args: tuple[Any, ...] = ()
         self._deaths = self._fruitless = 0
@@ -157,14 +150,15 @@ class RayEngine:
     def _ask_ready(self, slot: Slot) -> None:
         slot.asking = True
         call = slot.handle.ready.options(concurrency_group="control")
-        self._on(call.remote(), self._decoder_ready, slot, slot.handle)
+        self._inbox.on(call.remote(), self._decoder_ready, slot, slot.handle)
 
     def _decoder_ready(self, slot: Slot, handle: Any, answer: Future[Any]) -> None:
         if slot.handle is not handle:
             return
         slot.asking = False
         error = answer.exception()
-        if error is not None and getattr(error, "actor_init_failed", False):
+        if getattr(error, "actor_init_failed", False) and not any(s.ready for s in self._slots):
+            assert error is not None
             raise ClusterError(
                 f"decoders do not start: {one_line(error)}; have the nodes the driver's vidbatch?",
                 kind="no_actors",
@@ -246,7 +240,7 @@ class RayEngine:
         slot.flights.append(flight)
         careful = order.attempt > 1 or self._spec.attempts == 1
         ref = slot.handle.run_task.remote(order, careful)
-        self._on(ref, self._task_ended, slot, slot.handle, flight)
+        self._inbox.on(ref, self._task_ended, slot, slot.handle, flight)
 
     def _task_ended(
         self, slot: Slot, handle: Any, flight: Flight, answer: Future[TaskEnd]
@@ -279,12 +273,7 @@ class RayEngine:
         """An actor does not answer: is it dead, or its node, or the way to it?"""
         if slot.handle is not handle:
             return
-        now = time.monotonic()
-        if not is_unclear(error):
-            self._bury(slot, error)
-        elif slot.missing_since is None:
-            slot.missing_since, slot.ready = now, False
-        elif now - slot.missing_since > VERDICT_S:
+        if self._halted or not is_unclear(error) or slot.is_given_up(time.monotonic()):
             self._bury(slot, error)
 
     def _bury(self, slot: Slot, error: BaseException) -> None:
@@ -316,7 +305,7 @@ class RayEngine:
         slot.asking = True
         drop = self._dropping
         call = slot.handle.progress.options(concurrency_group="control")
-        self._on(call.remote(slot.beat.seq, drop), self._progress, slot, slot.handle, drop)
+        self._inbox.on(call.remote(slot.beat.seq, drop), self._progress, slot, slot.handle, drop)
 
     def _progress(self, slot: Slot, handle: Any, drop: bool, answer: Future[Beat]) -> None:
         if slot.handle is not handle:
@@ -345,7 +334,7 @@ class RayEngine:
             self._some_up_at = now
             if not slot.asking:
                 self._ask_progress(slot)
-            if slot.is_stuck(now, STUCK_S) and not self._halted:
+            if slot.is_stuck(now) and not self._halted:
                 self._note(
                     f"a decoder did not move for {human_s(now - slot.moved_at)}: it is ended"
                 )
@@ -359,33 +348,19 @@ class RayEngine:
             )
         self._crew.tick()
 
-    # events -----------------------------------------------------------------------------------
-
-    def _on(self, ref: Any, handler: Callable[..., Any], *args: Any) -> None:
-        """Calls `handler(*args, future)` in the thread of `run` when Ray has an answer."""
-        ref.future().add_done_callback(lambda f: self._events.put((handler, (*args, f))))
-
     def _step(self, timeout_s: float) -> Iterator[TaskReport]:
-        """Waits for an event and takes in all there are; yields the reports among them."""
-        try:
-            handler, args = self._events.get(timeout=timeout_s)
-            while True:
-                report = handler(*args)
-                if report is not None:
-                    yield report
-                handler, args = self._events.get_nowait()
-        except Empty:
-            now = time.monotonic()
-            if now - self._ticked >= TICK_S:
-                self._ticked = now
-                self._tick(now)
+        """Waits for an answer and takes in all there are; yields the reports among them."""
+        yield from self._inbox.take(timeout_s)
+        if (now := time.monotonic()) - self._ticked >= TICK_S:
+            self._ticked = now
+            self._tick(now)
 
     # the end ----------------------------------------------------------------------------------
 
     def halt(self) -> None:
         """Hands out nothing more; commits that have begun are finished. Safe in signal handlers."""
         self._halted = True
-        self._events.put((lambda: None, ()))
+        self._inbox.wake()
 
     def _drop(self) -> None:
         """Orders that wait are forgotten; decoders that do not commit are dismissed."""

@@ -15,6 +15,13 @@ SHORT_TASK_S = 5.0
 """Behind an order of at most so much planned work a second one is queued, so that the decoder need
 not wait for the driver; behind a longer one it could wait while another decoder has nothing."""
 
+STUCK_S = 180.0
+"""A task without any progress for so long (or for its planned cost) is stuck. Longer than what the
+decoder's own child may be silent, so that a hanging file is the child's death, not the actor's."""
+
+VERDICT_S = 60.0
+"""For Ray to say what became of an actor that does not answer."""
+
 
 @dataclass(slots=True, eq=False)
 class Flight:
@@ -47,9 +54,9 @@ class Slot:
     @property
     def has_room(self) -> bool:
         """Whether it may be given an order."""
-        if not self.flights:
-            return self.ready
-        return len(self.flights) == 1 and self.flights[0].order.task.cost_s <= SHORT_TASK_S
+        if not self.ready or len(self.flights) > 1:
+            return False
+        return not self.flights or self.flights[0].order.task.cost_s <= SHORT_TASK_S
 
     @property
     def committing(self) -> bool:
@@ -65,11 +72,17 @@ class Slot:
         """Position of the clip that was under work when last heard of; -1: nobody knows."""
         return self.beat.clip if self.names_order and self.beat.stage != "commit" else -1
 
-    def is_stuck(self, now: float, least_s: float) -> bool:
+    def is_stuck(self, now: float) -> bool:
         """Whether the order under work has not moved for too long."""
         if not (self.ready and self.flights):
             return False
-        return now - self.moved_at > max(least_s, self.flights[0].order.task.cost_s)
+        return now - self.moved_at > max(STUCK_S, self.flights[0].order.task.cost_s)
+
+    def is_given_up(self, now: float) -> bool:
+        """Marks the actor as missing; whether it has been for too long."""
+        if self.missing_since is None:
+            self.missing_since, self.ready = now, False
+        return now - self.missing_since > VERDICT_S
 
     def hear(self, beat: Beat, now: float) -> None:
         """Takes in a beat; waiting for a predictor is nobody's standstill."""

@@ -116,7 +116,6 @@ class _Pass:
         self._plan = plan
         self._tally = Tally()
         self._clock = Clock(video.time_base, video.rate)
-        self._silent = 0
         self._inspector = inspector(video.codec, video.stream.codec_context.extradata)
         self._upright: tuple[int, int, int] | None = None
         self._start_pts = None if plan is None else plan.origin_pts
@@ -170,7 +169,8 @@ class _Pass:
         for index in selection.finish(clock.largest + clock.frame_s):
             yield from self._row(held[index])
         if self._video.is_mp4 and self._inspector[0] is not None:
-            self._silent = self._tally.shown - self._tally.frames - self._tally.errors
+            tally = self._tally
+            tally.silent = max(0, tally.shown - tally.frames - tally.errors)
         self._rows.settle(selection.settle())
 
     def _start(self, first: int) -> tuple[Selection, Clock]:
@@ -202,7 +202,6 @@ class _Pass:
             self._video,
             tally,
             expected_packets=self._expected,
-            silent=self._silent,
             whole=plan is None,
             clock=clock,
         )

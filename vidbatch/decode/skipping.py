@@ -7,9 +7,9 @@ decoded; of others the packets up to the last wanted one, without those nothing 
 
 What makes it exact is checked, not assumed: frames carry the number of their packet, the first one
 is the GOP's first, pts are those of the packets, all wanted frames come, in order and undamaged. A
-GOP in which something is damaged is decoded whole, by a decoder without a past, so that its rows are
-the same however the video is cut. Timestamps or flags that cannot be relied on end the
-quick path (SkippingFailedError): then everything is decoded in order.
+GOP in which something is damaged is decoded whole, by a decoder without a past, so that its rows
+are the same however the video is cut. Timestamps or flags that cannot be relied on end the quick
+path (SkippingFailedError): then everything is decoded in order.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def decode_wanted(
         SkippingFailedError: decode in order instead; what was yielded is right.
         StoreError: the bytes could not be had.
     """
-    runner = _Runner(video, reopen, tally)
+    runner = _Runner(video, reopen, tally, tabled)
     index, taken, ahead = first_index, set[int](), 0
     for gop, following in _gops(packets, inspect, tally, tabled):
         places = sorted((h for h in gop.held if h.shown), key=lambda h: h.pts)
@@ -197,11 +197,12 @@ def _gops(
 class _Runner:
     """Feeds the decoder one GOP at a time, from empty to empty, and checks what comes out."""
 
-    def __init__(self, video: OpenVideo, reopen: Reopen, tally: Tally) -> None:
+    def __init__(self, video: OpenVideo, reopen: Reopen, tally: Tally, tabled: bool) -> None:
         self._video = video
         self._reopen = reopen
         self._context = video.stream.codec_context
         self._tally = tally
+        self._tabled = tabled
         self._doubts = MAX_PROOFS
 
     def decode(self, gop: _Gop, wanted: dict[int, Shown]) -> Iterator[Shown]:
@@ -235,18 +236,22 @@ class _Runner:
                 self._context.skip_frame = "DEFAULT" if needed else "NONREF"
             for mark, frame in self._sound(held):
                 if entry is not None and mark.number != entry:
-                    raise SkippingFailedError("a keyframe does not decode alone")
+                    raise self._silently("a keyframe does not decode alone")
                 entry = None
                 if last is not None and mark.pts <= last:
                     raise SkippingFailedError(_DISORDER)
                 last = mark.pts
                 if expected and _pts(expected[0]) < last:
-                    raise SkippingFailedError("a wanted frame did not come out")
+                    raise self._silently("a wanted frame did not come out")
                 if mark.number in wanted:
                     yield replace(expected.popleft(), frame=frame)
         if expected:
-            raise SkippingFailedError("a wanted frame did not come out")
+            raise self._silently("a wanted frame did not come out")
         self._context.flush_buffers()
+
+    def _silently(self, what: str) -> Exception:
+        """Something is missing without an error: damage if a table vouches for each picture."""
+        return _DamagedError(what) if self._tabled else SkippingFailedError(what)
 
     def _prove_order(self, gop: _Gop) -> None:
         """Decodes a whole GOP for nothing but the order.
@@ -285,13 +290,16 @@ class _Runner:
         decoded before, for that depends on how the video is cut.
         """
         last = None
+        missing = sum(h.shown for h in gop.held)
         with self._reopen() as video:
             for held in [*gop.held, None]:
                 try:
                     frames = _send(video, held)
                 except _DamagedError:
                     self._tally.errors += 1
+                    missing -= 1
                     continue
+                missing -= len(frames)
                 for frame in frames:
                     mark = frame.opaque if isinstance(frame.opaque, Mark) else None
                     suspect = mark is None or mark.number in gop.damaged
@@ -303,6 +311,7 @@ class _Runner:
                     if mark.number in wanted:
                         yield replace(wanted[mark.number], frame=frame, corrupt=corrupt)
             self._video.too_large |= video.too_large
+        self._tally.silent += max(0, missing)
         self._context.flush_buffers()
 
 

@@ -51,6 +51,8 @@ class Tally:
     """Packets on which the decoder failed."""
     corrupt: int = 0
     """Frames that came out damaged."""
+    silent: int = 0
+    """Pictures that did not come out, without an error."""
     suspect: int = 0
     """Sound frames of packets called damaged by the demuxer, as it does where files were joined."""
     places: int = 0

@@ -39,8 +39,6 @@ class Evidence:
     demux_error: str | None
     joints: int
     """Places where the clock steps back: files joined end to end, no damage by itself."""
-    silent: int
-    """Pictures of a stream with one picture per packet that did not come out, without an error."""
     too_large: bool
     """Whether the decoder refused pictures for their size."""
     expected_packets: int | None
@@ -65,7 +63,6 @@ def gather(
     tally: Tally,
     *,
     expected_packets: int | None,
-    silent: int,
     whole: bool,
     clock: Clock,
 ) -> Evidence:
@@ -73,7 +70,6 @@ def gather(
     only errors count.
 
     Args:
-        silent: Packets that gave neither a frame nor an error but should have.
         clock: The clock of the pass, after the last frame.
     """
     duration = ended = None
@@ -89,7 +85,6 @@ def gather(
         declared_bytes=declared_bytes(source) if whole else None,
         demux_error=video.demux_error,
         joints=clock.discontinuities,
-        silent=silent,
         too_large=video.too_large,
         expected_packets=expected_packets,
         ended_s=ended,
@@ -124,10 +119,10 @@ def judge(evidence: Evidence) -> Verdict | None:
             f"{tally.errors} packets could not be decoded and {corrupt} frames are damaged,"
             f" of {tally.packets} packets",
         )
-    if evidence.silent > 0:
+    if tally.silent:
         return Verdict(
             "missing_reference",
-            f"{evidence.silent} of {tally.packets} pictures refer to others that are not there",
+            f"{tally.silent} of {tally.packets} pictures refer to others that are not there",
         )
     if missing:
         return Verdict(

@@ -174,7 +174,9 @@ class _Hevc:
 
 
 def _vp8(data: bytes) -> Facts | None:
-    return Facts(not data[0] & 1, bool(data[0] & 16), 0) if data else None
+    if not data or (not data[0] & 1 and data[3:6] != b"\x9d\x01\x2a"):
+        return None
+    return Facts(not data[0] & 1, bool(data[0] & 16), 0)
 
 
 def _vp9(data: bytes) -> Facts | None:

@@ -13,6 +13,8 @@ from vidbatch.media.bitstream import inspector
 from vidbatch.media.boxes import MP4_BOXES, Box, scan_boxes
 from vidbatch.media.opening import open_video
 
+NO_REORDERING = "timestamps do not reorder pictures although the codec does"
+
 MAX_TABLE_PACKETS = 20_000_000
 """A table costs 50 bytes a packet: a day of video at 240 frames a second."""
 
@@ -84,6 +86,14 @@ class PacketTable:
         """(K,) packet number of each keyframe: what Clip.first_keyframe counts."""
         return np.flatnonzero(self.key).astype(np.int64)
 
+    def denies_reordering(self, depth: int) -> bool:
+        """Whether pts rise from packet to packet although the codec reorders by `depth` pictures.
+
+        Decode times in the place of pts look like this, and they say nothing about display order.
+        A decoder that has seen pictures may know a larger depth than the header says.
+        """
+        return 0 < depth < len(self.pts) - 1 and bool((np.diff(self.pts) > 0).all())
+
     def closed_keyframes(self) -> Ints:
         """Which keyframes (positions in `keyframes`) nothing crosses: all packets before are shown
         before it, none after it is shown before it."""
@@ -135,8 +145,6 @@ def read_packet_table(source: ByteSource, *, max_pixels: int) -> tuple[PacketTab
         return None, "the first packet is no keyframe"
     if len(order) > 1 and int(np.diff(pts[order]).min()) == 0:
         return None, "timestamps repeat"
-    if depth and len(pts) > depth + 1 and int(np.diff(pts).min()) > 0:
-        return None, "timestamps do not reorder pictures although the codec does"
     ordinal = np.full(len(pts), -1, np.int64)
     ordinal[order] = np.arange(len(order))
     table = PacketTable(
@@ -150,4 +158,4 @@ def read_packet_table(source: ByteSource, *, max_pixels: int) -> tuple[PacketTab
         ordinal=ordinal,
         order=order,
     )
-    return table, ""
+    return (None, NO_REORDERING) if table.denies_reordering(depth) else (table, "")
