@@ -16,10 +16,9 @@ import sys
 from datetime import date, timedelta
 from pathlib import Path
 
-from vidbatch.launch import launch
-
 from vidbatch.config import load_job
 from vidbatch.errors import VidbatchError
+from vidbatch.launch import launch
 from vidbatch.progress import Progress
 
 

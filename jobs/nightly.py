@@ -14,10 +14,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from vidbatch.launch import launch
-
 from vidbatch.config import load_job
 from vidbatch.errors import VidbatchError
+from vidbatch.launch import launch
 from vidbatch.progress import Progress
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import Any
 
 import av
 import numpy as np
@@ -64,7 +64,8 @@ def to_clip(data: bytes, part: ClipRange) -> Clip:
     return Clip(video=make_video(data), **{name: getattr(part, name) for name in names})
 
 
-class Row(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Row:
     """One row as plain values; equal rows are equal in every value and pixel."""
 
     index: int
@@ -154,6 +155,12 @@ class Reference:
     errors: int
     time_base: Fraction
     pixels: dict[int, Pixels]
+
+    @property
+    def rises(self) -> bool:
+        """Whether all pts are there and never fall."""
+        pts = [p for p in self.pts if p is not None]
+        return len(pts) == len(self.pts) and pts == sorted(pts)
 
     def fps_rows(self, rate: Fraction) -> list[int]:
         """The fps rule as it is written: for each target the last frame not after it."""

@@ -13,10 +13,7 @@ CPUS = 4
 
 @pytest.fixture(scope="session")
 def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A private cluster with a token of its own; `engine.address: local` uses it as it is.
-
-    HOME is a temporary folder meanwhile, and nothing may have been written there.
-    """
+    """A private cluster with a token of its own; `engine.address: local` uses it as it is."""
     import ray
 
     from vidbatch.cluster.pools import start_ray
@@ -31,6 +28,7 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
             {"address": "local", "decoders": CPUS, "object_store_cap": "200MiB"}
         )
         assert start_ray(engine), "Ray was running before the first test that needs it"
-        yield
-        ray.shutdown()
-    assert not list(home.iterdir()), "Ray or vidbatch wrote into HOME"
+        assert "RAY_AUTH_TOKEN" not in os.environ, "the token stays with Ray's own processes"
+    yield
+    ray.shutdown()
+    assert not (home / ".ray").exists(), "the token was written into HOME"

@@ -5,23 +5,28 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pytest
+import yaml
 
 from tests.outputs import check_no_key_twice, check_same, read_tables
 from tests.ray_faults import KILLS_ITS_PROCESS, faulty_decoder
 from vidbatch.cluster import orders, pools, slots
 from vidbatch.cluster.client import credit_bytes
+from vidbatch.cluster.decoder import Beat, DroppedError, Pulse
 from vidbatch.cluster.driver import RayEngine
 from vidbatch.cluster.metrics import attribute
 from vidbatch.cluster.orders import Returned
+from vidbatch.cluster.slots import Flight, Slot
 from vidbatch.config import EngineConfig, Job, parse_job
 from vidbatch.data import Clip, Task, Video
 from vidbatch.demo import DATE_PATTERN, make_archive
@@ -32,6 +37,8 @@ from vidbatch.pipeline.run import RunResult, run_job
 from vidbatch.storage import open_store
 
 pytest_plugins = ["tests.ray_cluster"]
+
+ROOT = Path(__file__).resolve().parents[1]
 
 DARK = "cam-01/2026/03/02/200000.mp4"
 """The covered lens: its frames are darker than any other's."""
@@ -124,6 +131,94 @@ def test_a_pause_is_kept() -> None:
     returned = Returned(attempts=3)
     returned.store_failed(order_of(), 0, StoreError("503"))
     assert returned.take(1, only_slot=False) is None
+
+
+# what a decoder says of itself, and what the driver makes of it: no Ray --------------------------
+
+
+def test_a_careful_clip_begins_when_the_driver_has_heard_of_it() -> None:
+    pulse = Pulse(period_s=60.0)
+    pulse.begin(order_of(), careful=True)
+    begun = threading.Event()
+
+    def work() -> None:
+        pulse.at("t", 1, "read")
+        pulse.at("t", 1, "decode")
+        begun.set()
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    beat = Beat(seq=0)
+    while beat.clip != 1:
+        assert not begun.is_set()
+        beat = pulse.now(beat.seq, False, moved=0, waiting=False, child_restarts=0, wait=True)
+    assert not begun.wait(0.05), "the driver has been told, but has not said that it knows"
+    pulse.now(beat.seq, False, moved=0, waiting=False, child_restarts=0, wait=False)
+    worker.join()
+    assert begun.is_set()
+
+
+def beat_of(pulse: Pulse, *, drop: bool = False) -> Beat:
+    return pulse.now(0, drop, moved=0, waiting=False, child_restarts=0, wait=False)
+
+
+def test_waiting_for_predictions_of_an_earlier_clip_names_the_clip_under_work() -> None:
+    pulse = Pulse(period_s=1.0)
+    pulse.begin(order_of(), careful=False)
+    pulse.at("t", 2, "decode")
+    pulse.at("t", 1, "predict")
+    assert (beat_of(pulse).clip, beat_of(pulse).stage) == (2, "decode")
+
+
+def test_a_stop_lets_a_commit_that_has_begun_go_on_and_nothing_else() -> None:
+    pulse = Pulse(period_s=1.0)
+    pulse.begin(order_of(), careful=False)
+    pulse.at("t", 2, "commit")
+    assert beat_of(pulse, drop=True).stage == "commit"
+    pulse.at("t", 2, "commit")  # its next output
+    pulse.end()
+    with pytest.raises(DroppedError):
+        pulse.begin(order_of(), careful=False)
+    late = Pulse(period_s=1.0)
+    late.begin(order_of(), careful=False)
+    late.at("t", 0, "decode")
+    beat_of(late, drop=True)
+    with pytest.raises(DroppedError):
+        late.at("t", 0, "commit")
+
+
+def slot_with(*costs_s: float, **facts: Any) -> Slot:
+    slot = Slot(index=0, ready=True, **facts)
+    slot.flights.extend(Flight(order_of(cost_s=c)) for c in costs_s)
+    return slot
+
+
+def test_only_a_short_task_gets_another_behind_it() -> None:
+    assert slot_with().has_room and slot_with(1.0).has_room
+    assert not slot_with(600.0).has_room and not slot_with(1.0, 1.0).has_room
+    absent = slot_with(1.0)
+    absent.ready = False
+    assert not absent.has_room
+
+
+def test_a_task_is_stuck_when_nothing_moves_for_its_planned_cost() -> None:
+    slot = slot_with(600.0)
+    slot.hear(Beat(seq=1, moved=5), 100.0)
+    slot.hear(Beat(seq=1, moved=5), 400.0)
+    assert not slot.is_stuck(690.0) and slot.is_stuck(701.0)
+    slot.hear(Beat(seq=1, moved=5, waiting=True), 700.0)
+    assert not slot.is_stuck(1299.0), "it waits for a predictor"
+
+
+def test_a_death_is_charged_only_if_the_last_word_is_of_this_order() -> None:
+    slot = slot_with(1.0)
+    task_id = slot.flights[0].order.task.task_id
+    slot.hear(Beat(seq=1, task_id="another", clip=1, stage="decode"), 0.0)
+    assert slot.clip_under_work() == -1
+    slot.hear(Beat(seq=2, task_id=task_id, clip=1, stage="decode"), 0.0)
+    assert slot.clip_under_work() == 1
+    slot.hear(Beat(seq=3, task_id=task_id, clip=2, stage="commit"), 0.0)
+    assert slot.clip_under_work() == -1 and slot.committing
 
 
 # numbers -----------------------------------------------------------------------------------------
@@ -325,7 +420,8 @@ def test_whatever_dies_once_leaves_no_trace_in_the_tables(
         marks,
     )
     params = {"below": 30.0, "times": 1, "marks": str(marks)}
-    result, notes, tables = run_on_ray(job_for(archive, tmp_path / "out", params), faulty)
+    job = job_for(archive, tmp_path / "out", params, predictors=2)
+    result, notes, tables = run_on_ray(job, faulty)
     assert len(list(marks.iterdir())) == 4, "every accident happened"
     check_same(by_model(tables), by_model(expected))
     check_no_key_twice(tables)
@@ -423,15 +519,15 @@ def test_a_model_that_cannot_be_loaded_stops_the_start(
 
 
 @pytest.mark.ray
-def test_orders_are_worked_without_gaps(ray_cluster: None, archive: Path, tmp_path: Path) -> None:
-    """Fifty tasks of nothing: what is left is the driver's own time."""
+def test_every_order_ends_in_one_report(ray_cluster: None, archive: Path, tmp_path: Path) -> None:
+    """Short tasks: a second one waits at each decoder."""
     from vidbatch.pipeline.resolve import run_spec
     from vidbatch.pipeline.survey import take_survey
 
     job = job_for(archive, tmp_path / "out", {}).model_copy(update={"models": ()})
     survey = take_survey(job, run="r", now=datetime.now(UTC))
     survey.open_output()
-    missing = [
+    given = [
         WorkOrder(task=Task(clips=(Clip(video=v),), sampling=survey.spec.sampling, generation=g),
                   outputs=(survey.spec.outputs[0].fingerprint,))
         for g in range(4) for v in survey.new
@@ -440,14 +536,44 @@ def test_orders_are_worked_without_gaps(ray_cluster: None, archive: Path, tmp_pa
     try:
         engine.start()
         assert engine.width == 2
-        reports = list(engine.run(Orders(list(missing))))
+        reports = list(engine.run(Orders(list(given))))
     finally:
         engine.stop()
-    assert sorted(r.task_id for r in reports) == sorted(o.task.task_id for o in missing)
+    assert sorted(r.task_id for r in reports) == sorted(o.task.task_id for o in given)
 
 
-@pytest.fixture(autouse=True)
-def _no_threads_left() -> Iterator[None]:
-    before = threading.active_count()
-    yield
-    assert threading.active_count() <= before + 8, "Ray's own threads, and no more"
+JOINS = """
+import sys
+from pathlib import Path
+from vidbatch.config import load_job
+from vidbatch.errors import ClusterError
+from vidbatch.launch import launch
+try:
+    print(launch(load_job(Path(sys.argv[1]))).summary["counts"]["frames"])
+except ClusterError as error:
+    print(error)
+"""
+
+
+@pytest.mark.ray
+def test_another_process_joins_with_the_token_alone(
+    ray_cluster: None, archive: Path, expected: Tables, tmp_path: Path
+) -> None:
+    import ray
+
+    address = ray.get_runtime_context().gcs_address
+    job = job_for(archive, tmp_path / "out", {}, address=address, device="cpu", predictors=1)
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(job.dump()))
+
+    def run(**env: str) -> str:
+        found = subprocess.run(
+            [sys.executable, "-c", JOINS, str(tmp_path / "job.yaml")],
+            env={"PATH": os.environ["PATH"], "HOME": str(tmp_path), **env},
+            cwd=ROOT, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        return found.stdout.strip()
+
+    refused = run()
+    assert "was not joined" in refused and "token" in refused and "\n" not in refused
+    frames = sum(len(rows) for rows in expected["frames"].values())
+    assert run(RAY_AUTH_TOKEN=pools._token) == str(frames)

@@ -90,7 +90,7 @@ def check_rows(data: bytes, sample: Sample) -> Any:
         assert got.index == list(range(len(reference.pts)))
     if sample.kind == "every":
         assert got.index == list(range(0, len(reference.pts), sample.every or 1))
-    if sample.fps and reference.pts[0] is not None and sorted(reference.pts) == reference.pts:
+    if sample.fps and reference.rises:
         assert got.index == reference.fps_rows(sample.fps)
     assert sum(r.covers_s for r in got.rows) == pytest.approx(got.end.end_s, abs=1.01)
     return got
@@ -113,7 +113,7 @@ def test_what_cannot_be_skipped_in_is_decoded_in_order_and_says_why(name: str) -
 
 def test_decode_times_in_an_mp4_do_not_number_frames() -> None:
     def lie(n: int, packet: Any) -> Any:
-        packet.pts = packet.dts
+        packet.pts = packet.dts = packet.dts + 1024
         return packet
 
     for codec in ("libx264", "libx265"):
@@ -253,7 +253,7 @@ def test_joined_files_go_on_in_time() -> None:
 def test_the_size_may_change_on_the_way() -> None:
     small = make_clip(container="mpegts", frames=24)
     # The muxer moves only the first file by the two frames of its decoding delay.
-    later = {"first_number": 24, "pts": range(26, 50)}
+    later: dict[str, Any] = {"first_number": 24, "pts": range(26, 50)}
     large = make_clip(container="mpegts", frames=24, width_px=128, height_px=96, **later)
     got = decode(small + large, ALL)
     assert got.numbers() == list(range(48))

@@ -26,9 +26,9 @@ LAYERS = [
 ]
 LAYER = {room: n for n, rooms in enumerate(LAYERS) for room in rooms}
 SIDEWAYS = {
-    ("data", "errors"), ("batching", "models"), ("verify", "ledger"), ("pipeline", "sandbox"),
-    ("report", "query"), ("launch", "demo"), ("demo", "launch"), ("cli", "demo"), ("__main__", "cli"),
-    ("cli", "jobfile"), ("cli", "launch"), ("storage", "config"),
+    ("batching", "models"), ("verify", "ledger"), ("pipeline", "sandbox"), ("report", "query"),
+    ("demo", "launch"), ("cli", "demo"), ("cli", "jobfile"), ("cli", "launch"),
+    ("__main__", "cli"), ("data", "errors"),
 }  # fmt: skip
 """Pairs of one layer that may look at each other, each for a reason its file states."""
 

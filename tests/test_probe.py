@@ -28,7 +28,7 @@ def test_the_headers_of_a_plain_video() -> None:
     assert table is not None and len(table.order) == 60
     assert info.container.startswith("mov,mp4") and info.codec == "h264"
     assert (info.width_px, info.height_px, info.rotation_deg) == (64, 64, 0)
-    assert (info.rate, info.time_base) == (25, Fraction(1, 12_800))
+    assert (info.rate, info.time_base) == (Fraction(25), Fraction(1, 12_800))
     assert (info.start_s, info.duration_s, info.frame_count) == (2.0, 2.4, 60)
     assert (info.audio_codec, info.audio_rate_hz) == ("aac", 16_000)
 

@@ -7,7 +7,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from vidbatch.data import Sample
@@ -92,6 +92,7 @@ def videos(draw: st.DrawFn) -> tuple[list[int], list[bool]]:
 @pytest.mark.parametrize("sample", SAMPLES, ids=sample_name)
 @settings(max_examples=150, deadline=None)
 @given(video=videos())
+@example(video=([0, 0, 0, 4, 200, 200], [True, False, False, False, False, True]))
 def test_stream_table_and_naive_loop_agree(
     sample: Sample, video: tuple[list[int], list[bool]]
 ) -> None:

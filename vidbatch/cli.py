@@ -72,7 +72,7 @@ def _is_job_file(path: str) -> bool:
 
 @app.command()
 def demo(
-    folder: Annotated[Path, typer.Argument(help="where to make it")] = Path("."),
+    folder: Annotated[Path, typer.Argument(help="where to make it")] = Path(),
     address: Annotated[str, typer.Option(help="local (Ray) or none (one process)")] = "local",
 ) -> None:
     """Makes a small archive, runs the whole job on it, asks two questions."""

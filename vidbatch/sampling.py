@@ -293,9 +293,10 @@ class Sampler:
     ) -> None:
         """Gives a target to frame `index`, to its fallback, or lets it wait for a keyframe."""
         distance = time - waiting.target
-        if key and (distance < waiting.limit or (distance == waiting.limit and not waiting.beaten)):
+        near = distance < waiting.limit or (distance == waiting.limit and not waiting.beaten)
+        if key and near:
             self._assign(index, time, 1, taken)
-        elif key or distance >= waiting.limit:
+        elif key or not near:
             self._assign(waiting.fallback, time, 1, taken)
         else:
             self._waiting = waiting

@@ -29,10 +29,9 @@ def decode_share(paths: list[str], fps: str) -> tuple[int, float]:
     from datetime import UTC, datetime
     from fractions import Fraction
 
-    from vidbatch.decode import decode_clip
-
     from vidbatch.archive import ArchiveRule, list_archive
     from vidbatch.data import Clip, ClipEnd, DecodeLimits, Frames, Geometry, Sample
+    from vidbatch.decode import decode_clip
     from vidbatch.storage import open_source, open_store
 
     sample = Sample(kind="fps", fps=Fraction(fps))

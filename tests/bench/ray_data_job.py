@@ -32,7 +32,12 @@ class MeanColour:
 
 
 def main(folder: str, fps: str, out: str) -> None:
-    ray.init(address="local", include_dashboard=False, log_to_driver=False, object_store_memory=2 * 2**30)
+    ray.init(
+        address="local",
+        include_dashboard=False,
+        log_to_driver=False,
+        object_store_memory=2 * 2**30,
+    )
     ray.data.DataContext.get_current().enable_progress_bars = False
     frames = ray.data.read_videos(
         folder, fps=int(fps), resize=(224, 224), include_paths=True, file_extensions=["mp4"]

@@ -328,3 +328,10 @@ def _out_of_memory(error: Exception) -> bool:
         return True
     # The allocator of the CPU raises a plain RuntimeError.
     return isinstance(error, MemoryError) or "not enough memory" in str(error)
+
+
+def use_threads(n: int) -> None:
+    """How many threads torch takes in this process; more than its share slow the decoders down."""
+    import torch
+
+    torch.set_num_threads(n)

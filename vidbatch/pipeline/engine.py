@@ -15,6 +15,7 @@ from vidbatch.data import ClipRange, DecodeLimits, Failure, Frames, Model, Predi
 from vidbatch.errors import ModelError, VidbatchError
 from vidbatch.ledger import Ledger
 from vidbatch.models.registry import create_model
+from vidbatch.models.runner import use_threads
 from vidbatch.pipeline.order import NoWatch, RunSpec, TaskReport, WorkOrder
 from vidbatch.pipeline.task import process_task, to_failure
 from vidbatch.sandbox import InProcess, Sandbox
@@ -107,6 +108,8 @@ class LocalPredictor:
     def __init__(self, spec: RunSpec, device: str = "cpu") -> None:
         self.device = device
         self._models: dict[str, Model] = {}
+        if spec.models:
+            use_threads(1)  # a spinning second one costs more than it gives beside the decoder
         for definition in spec.models:
             model = create_model(definition)
             model.load(device)
