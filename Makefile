@@ -30,8 +30,9 @@ check: setup ## ruff and mypy --strict
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 
-bench: setup ## ratios side by side: decode floor, vidbatch, Ray Data
-	$(PY) -m tests.bench.job
+bench: setup ## ratios side by side: decode floor, vidbatch, Ray Data (which needs decord)
+	$(PY) -m pip install --quiet decord==0.6.0
+	$(PY) -m tests.bench.job $(BENCH_ARGS)
 
 WRITER := $(wildcard vidbatch/tables/*.py) tests/engine_readers.py $(wildcard tests/engines_env/*.py tests/engines_env/*.txt)
 ENGINES_SEEN := tests/engines_env/seen.sha256

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -21,7 +22,8 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 GEOMETRY = (224, 224)
-SUFFIXES = (".mp4",)
+RAY_DATA_S = 900
+"""After which the leg on Ray Data is ended."""
 
 
 def decode_share(paths: list[str], fps: str) -> tuple[int, float]:
@@ -90,16 +92,21 @@ def ray_data_job(folder: Path, fps: str) -> tuple[float, int]:
     """(seconds, frames) of read_videos(fps, resize) → actor map_batches → write_parquet."""
     out = Path(tempfile.mkdtemp(prefix="raydata-bench-"))
     started = time.perf_counter()
-    done = subprocess.run(
+    process = subprocess.Popen(
         [sys.executable, str(Path(__file__).with_name("ray_data_job.py")), str(folder), fps,
          str(out / "t")],
-        capture_output=True, text=True, check=False,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
+    try:
+        said, complaint = process.communicate(timeout=RAY_DATA_S)
+    except subprocess.TimeoutExpired as error:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise RuntimeError(f"not done after {RAY_DATA_S} s; ended") from error
     elapsed = time.perf_counter() - started
     shutil.rmtree(out, ignore_errors=True)
-    if done.returncode:
-        raise RuntimeError(done.stderr.strip().splitlines()[-1] if done.stderr else "no message")
-    return elapsed, int(done.stdout.strip().splitlines()[-1])
+    if process.returncode:
+        raise RuntimeError(complaint.strip().splitlines()[-1] if complaint else "no message")
+    return elapsed, int(said.strip().splitlines()[-1])
 
 
 def make_archive(folder: Path, source: Path | None, seconds: float, fps: str) -> None:

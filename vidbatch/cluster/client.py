@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError
+from ray.exceptions import GetTimeoutError, RayTaskError
 
-from vidbatch.cluster.faults import DEATHS, RayTaskError, one_line
+from vidbatch.cluster.faults import DEATHS, one_line
 from vidbatch.data import Frames, Predictions
 from vidbatch.errors import ModelError
 

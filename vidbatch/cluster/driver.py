@@ -114,7 +114,8 @@ class RayEngine:
         self._slots = [Slot(index=i) for i in range(pools.decoders)]
         for slot in self._slots:
             self._hire(slot)
-        self._note(pools.object_store)
+        if pools.predictors:
+            self._note(pools.object_store)
         self._await_first(pools, engine.wait_s)
         where = "this machine" if local else f"the cluster at {engine.address}"
         return f"Ray {ray.__version__} on {where}, {pools.line}"
@@ -263,7 +264,9 @@ class RayEngine:
             return end
         if end is not None and not self._halted:
             if isinstance(end, Fault):
-                line = self._returned.died(order, slot.index, end.clip, end.message)
+                line = self._returned.died(
+                    order, slot.index, end.clip, f"a decoder raised {end.message}"
+                )
             else:
                 line = self._returned.store_failed(order, slot.index, end)
             self._note(line)
@@ -278,7 +281,8 @@ class RayEngine:
 
     def _bury(self, slot: Slot, error: BaseException) -> None:
         """An actor is gone: its first order's clip is charged, both orders go again."""
-        flights, clip, why = tuple(slot.flights), slot.clip_under_work(), one_line(error)
+        flights, clip = tuple(slot.flights), slot.clip_under_work()
+        why = f"a decoder died: {one_line(error)}"
         slot.vacate()
         self._deaths += 1
         self._fruitless += 1
@@ -286,7 +290,7 @@ class RayEngine:
             return
         if self._fruitless > 10 + 5 * len(self._slots):
             raise ClusterError(
-                f"{self._fruitless} decoders died and nothing got done; the last one: {why}; "
+                f"{self._fruitless} decoders died and nothing got done; {why}; "
                 "what is committed stands; the same command goes on from there",
                 kind="decoders_die",
             )

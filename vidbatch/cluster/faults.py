@@ -17,7 +17,6 @@ from ray.exceptions import (
     ObjectLostError,
     OutOfMemoryError,
     RayActorError,
-    RayError,
     RayTaskError,
     WorkerCrashedError,
 )
@@ -57,6 +56,3 @@ def one_line(error: BaseException) -> str:
     text = " ".join(" ".join(lines).split())
     text = text.rpartition("Worker exit detail: ")[2].partition(" Some common causes")[0]
     return f"{type(error).__name__}: {text}"[:MESSAGE_CHARS]
-
-
-__all__ = ["DEATHS", "RayError", "RayTaskError", "is_node_loss", "is_unclear", "one_line"]

@@ -75,7 +75,7 @@ class Returned:
             tally.pop(task_id, None)
 
     def died(self, order: WorkOrder, slot: int, clip: int, why: str) -> str:
-        """A worker died at a clip (-1: nobody knows which); gives the line that says so.
+        """A worker ended at a clip (-1: nobody knows which); gives the line that says so.
 
         Raises:
             ClusterError: its workers die even when every clip is left out.
@@ -94,8 +94,8 @@ class Returned:
             if self._blind[task_id] == BLIND_DEATHS:
                 deaths = dict.fromkeys(range(len(order.task.clips)), self._attempts)
         self._again(replace(order, deaths=deaths), slot, 0.0)
-        where = f" at {order.task.clips[clip].video.uri}" if clip >= 0 else ""
-        return f"a decoder died{where}: {why}; {_again(order)}"
+        where = f", at {order.task.clips[clip].video.uri}" if clip >= 0 else ""
+        return f"{why}{where}; {_again(order)}"
 
     def lost_node(self, order: WorkOrder, slot: int, why: str) -> str:
         """A node went away under its worker. Raises ClusterError as `died` does."""

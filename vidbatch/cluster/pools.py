@@ -115,11 +115,12 @@ def start_ray(engine: EngineConfig) -> bool:
         with _environment(local), _own_signals():
             ray.init(address=address, **options)
     except (Exception, SystemExit) as error:
-        text = " ".join(str(error).split())[:300]
+        text = " ".join(str(error).split())[:200]
         what = "Ray did not start here" if local else f"the Ray cluster at {address} was not joined"
         raise ClusterError(
             f"{what}: {text}; nothing was begun; the driver must have the cluster's versions of "
-            "Ray and Python, and its token (RAY_AUTH_TOKEN_PATH)",
+            "Ray and Python and its token (RAY_AUTH_TOKEN_PATH; a closed cluster without tokens: "
+            "RAY_AUTH_MODE=disabled)",
             kind="no_ray",
         ) from error
     _quiet()
@@ -265,8 +266,8 @@ def plan_pools(engine: EngineConfig, *, local: bool, models: bool) -> Pools:
         torch_threads=max(1, (os.cpu_count() or 1) // (predictors or 1)) if local else 2,
         credit_bytes=credit,
         object_store=(
-            f"object store: {decoders} decoders x {human_bytes(credit)} of frames under way on "
-            f"{nodes} node{'s' * (nodes != 1)}, predictors on {places}: a node holds at most "
+            f"object store: {human_bytes(credit)} of frames under way per decoder ({decoders} on "
+            f"{nodes} node{'s' * (nodes != 1)}, predictors on {places}): a node holds at most "
             f"{human_bytes(engine.object_store_cap)}"
         ),
         beat_s=max(BEAT_S, decoders / BEATS_PER_S),

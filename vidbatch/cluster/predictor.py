@@ -45,8 +45,8 @@ RELOAD_S = 30.0
 """After models could not be loaded again in a restarted process."""
 
 QUIET_THREADS = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
-"""torch's threads wait asleep: spinning ones fight the decoders for the same cores. 2142 frames took
-27 s where they take 3 (2 cores, 2 decoders, 2 threads)."""
+"""torch's threads wait asleep: spinning ones fight the decoders for the same cores, and 2142 frames
+took 27 s where they take 3 (2 cores, 2 decoders, 2 threads)."""
 
 CHIP_LOST = 70
 """Exit status when the accelerator is lost to this process: Ray starts another."""

@@ -239,7 +239,7 @@ class _Runner:
                     raise self._silently("a keyframe does not decode alone")
                 entry = None
                 if last is not None and mark.pts <= last:
-                    raise SkippingFailedError(_DISORDER)
+                    raise self._silently(_DISORDER)
                 last = mark.pts
                 if expected and _pts(expected[0]) < last:
                     raise self._silently("a wanted frame did not come out")
@@ -250,7 +250,7 @@ class _Runner:
         self._context.flush_buffers()
 
     def _silently(self, what: str) -> Exception:
-        """Something is missing without an error: damage if a table vouches for each picture."""
+        """Something is amiss without an error: damage if a table vouches for the timestamps."""
         return _DamagedError(what) if self._tabled else SkippingFailedError(what)
 
     def _prove_order(self, gop: _Gop) -> None:
@@ -306,6 +306,7 @@ class _Runner:
                     corrupt = self._tally.note(frame, suspect=suspect)
                     # A frame that comes late has lost its place, whichever frames are wanted.
                     if mark is None or mark.pts is None or (last is not None and mark.pts <= last):
+                        self._tally.corrupt += not corrupt
                         continue
                     last = mark.pts
                     if mark.number in wanted:
@@ -317,7 +318,9 @@ class _Runner:
 
 def _send(video: OpenVideo, held: _Held | None) -> list[VideoFrame]:
     if held is not None:
-        held.packet.opaque = held.mark
+        # A new object every time: PyAV keeps it by its address, and forgets it with the first frame
+        # that had it, though a second decode of the packet may still carry it.
+        held.packet.opaque = Mark(*held.mark)
     try:
         return video.decode(held.packet if held is not None else None)
     except av.FFmpegError as error:
