@@ -22,7 +22,7 @@ from typing import Any
 
 from vidbatch.config import Job
 from vidbatch.data import Video
-from vidbatch.errors import InfraError, VidbatchError
+from vidbatch.errors import VidbatchError
 from vidbatch.pipeline.engine import Engine, LocalEngine, Probed
 from vidbatch.pipeline.order import RunSpec, TaskReport, WorkOrder
 from vidbatch.pipeline.survey import Survey, new_run_id, take_survey
@@ -115,8 +115,8 @@ class _Conductor:
                 self.progress.note(f"run {run}: {line}")
                 events.add("started", engine=line)
                 facts = self._drive(events)
-        except InfraError as error:
-            self.exit_code, self.stop_reason = 1, error.message
+        except VidbatchError as error:  # a model that does not load, a store or cluster that fails
+            self.exit_code, self.stop_reason = error.exit_code, error.message
             self._finish(events, facts)
             raise
         c = self.counts
