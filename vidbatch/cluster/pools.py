@@ -35,9 +35,6 @@ ANSWER_S = 10.0
 CPUS_PER_CPU_PREDICTOR = 8
 """On a cluster without GPUs: predicting on CPUs takes as long as decoding, give or take."""
 
-INLINE_BYTES = 90_000
-"""Ray puts arguments of 100 KiB and more into the object store."""
-
 BEAT_S = 1.0
 BEATS_PER_S = 200
 """Answers of `progress` that the driver takes in per second: a tenth of its time."""
@@ -277,14 +274,19 @@ def plan_pools(engine: EngineConfig, *, local: bool, models: bool) -> Pools:
 # actors ---------------------------------------------------------------------------------------
 
 
-def pack_spec(spec: RunSpec) -> Any:
-    """The run's spec as an argument of predictors; to be held as long as they may be restarted.
+def pack_spec(spec: RunSpec) -> list[Any]:
+    """The run's spec for predictors, in a list; to be held as long as they may be restarted.
 
-    Small ones travel inside the call: Ray complains of arguments in the object store, which could
-    be gone when it restarts an actor.
+    A model's files make it large: it goes through the object store once. In a list, because Ray
+    warns of every actor whose own arguments lie there; the driver holds this one to the end.
     """
-    data = pickle.dumps(spec)
-    return data if len(data) <= INLINE_BYTES else ray.put(data)
+    return [ray.put(pickle.dumps(spec))]
+
+
+def unpack_spec(packed: list[Any]) -> RunSpec:
+    """The inverse, in an actor."""
+    spec: RunSpec = pickle.loads(ray.get(packed[0]))
+    return spec
 
 
 def make_predictor(cls: type[Any], spec: Any, pools: Pools) -> Any:

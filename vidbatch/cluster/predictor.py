@@ -25,6 +25,7 @@ import ray
 import vidbatch
 from vidbatch.batching import Batcher
 from vidbatch.cluster.metrics import STATES, PredictorMetrics
+from vidbatch.cluster.pools import unpack_spec
 from vidbatch.data import Frames
 from vidbatch.errors import ModelError, VidbatchError
 from vidbatch.models.registry import create_model
@@ -32,7 +33,6 @@ from vidbatch.models.runner import Piece, Runner
 
 if TYPE_CHECKING:
     from vidbatch.models.runner import Answers, Staged
-    from vidbatch.pipeline.order import RunSpec
 
 STRAGGLER_S = 0.004
 """A chunk of the same moment from another decoder arrives within it; decoding one takes longer."""
@@ -56,13 +56,13 @@ class Predictor:
     """See the module. Every method but `__init__` runs on an event loop and returns quickly.
 
     Args:
-        spec: of the run, pickled; its models are built here.
+        packed: the run's spec, see `pack_spec`; its models are built here.
         device: "cpu" or "cuda" (the GPU that Ray gave this actor).
         threads: of torch on the CPU.
     """
 
-    def __init__(self, spec: bytes, device: str, threads: int) -> None:
-        self._spec: RunSpec = pickle.loads(spec)
+    def __init__(self, packed: list[Any], device: str, threads: int) -> None:
+        self._spec = unpack_spec(packed)
         self._device = "cuda:0" if device == "cuda" else device
         self._threads = threads
         self._more = threading.Condition()
