@@ -146,6 +146,8 @@ class Progress:
             self.tick(force=True)
             self._bar.stop()
             self._bar = None
+        elif not self._quiet and self.counts.tasks:
+            print(self.line(), file=self._stream, flush=True)
 
     def expect(self, tasks: int, cost_s: float) -> None:
         """More work became known."""

@@ -53,9 +53,8 @@ class Crew:
     def hire(self, spec: RunSpec, pools: Pools) -> None:
         """Makes the actors, which build the models of `spec`."""
         self._packed = pack_spec(spec)
-        self.handles = [
-            make_predictor(self._cls, self._packed, pools) for _ in range(pools.predictors)
-        ]
+        batch = max((m.spec.batch for m in spec.models), default=1)
+        self.handles = [make_predictor(self._cls, batch, pools) for _ in range(pools.predictors)]
         self._silent = set(range(pools.predictors))
         self.tick()
 
@@ -63,7 +62,7 @@ class Crew:
         """To be called about once a second."""
         for i in tuple(self._silent):
             self._silent.remove(i)
-            self._ask(i, "ready", self._ready)
+            self._ask(i, "ready", self._ready, self._packed)
         now = time.monotonic()
         if self.up or not self._seen_up:
             self._none_since = now
@@ -93,9 +92,9 @@ class Crew:
         self.handles, self.up = [], 0
         return [s for s in (*self._past, *self._stats.values()) if s]
 
-    def _ask(self, i: int, method: str, handler: Callable[..., None]) -> None:
+    def _ask(self, i: int, method: str, handler: Callable[..., None], *args: Any) -> None:
         call = getattr(self.handles[i], method).options(concurrency_group="control")
-        self._on(call.remote(), handler, i)
+        self._on(call.remote(*args), handler, i)
 
     def _ready(self, i: int, answer: Future[Any]) -> None:
         error = answer.exception()

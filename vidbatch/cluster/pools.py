@@ -274,23 +274,17 @@ def plan_pools(engine: EngineConfig, *, local: bool, models: bool) -> Pools:
 # actors ---------------------------------------------------------------------------------------
 
 
-def pack_spec(spec: RunSpec) -> list[Any]:
-    """The run's spec for predictors, in a list; to be held as long as they may be restarted.
+def pack_spec(spec: RunSpec) -> Any:
+    """The run's spec, as predictors are told it by `ready` each time their process starts.
 
-    A model's files make it large: it goes through the object store once. In a list, because Ray
-    warns of every actor whose own arguments lie there; the driver holds this one to the end.
+    Not an argument of the actor: a model's files make it large, and Ray complains of arguments in
+    the object store that a restart would need.
     """
-    return [ray.put(pickle.dumps(spec))]
+    return ray.put(pickle.dumps(spec))
 
 
-def unpack_spec(packed: list[Any]) -> RunSpec:
-    """The inverse, in an actor."""
-    spec: RunSpec = pickle.loads(ray.get(packed[0]))
-    return spec
-
-
-def make_predictor(cls: type[Any], spec: Any, pools: Pools) -> Any:
-    """A predictor actor, perhaps pending; `spec` comes from `pack_spec`.
+def make_predictor(cls: type[Any], batch: int, pools: Pools) -> Any:
+    """A predictor actor, perhaps pending; `batch` is the largest of its models.
 
     Ray restarts it under the same handle as often as it dies: what kills it is found and left out
     by its clients, and the run's failure limit ends the rest.
@@ -302,7 +296,7 @@ def make_predictor(cls: type[Any], spec: Any, pools: Pools) -> Any:
         max_task_retries=0,
         concurrency_groups={"control": 4},
     )(cls)
-    return actor.remote(spec, pools.device, pools.torch_threads)
+    return actor.remote(batch, pools.device, pools.torch_threads)
 
 
 def make_decoder_actor(cls: type[Any], *args: Any) -> Any:

@@ -25,10 +25,9 @@ import ray
 import vidbatch
 from vidbatch.batching import Batcher
 from vidbatch.cluster.metrics import STATES, PredictorMetrics
-from vidbatch.cluster.pools import unpack_spec
 from vidbatch.data import Frames
 from vidbatch.errors import ModelError, VidbatchError
-from vidbatch.models.registry import create_model
+from vidbatch.models.registry import ModelDef, create_model
 from vidbatch.models.runner import Piece, Runner
 
 if TYPE_CHECKING:
@@ -56,17 +55,18 @@ class Predictor:
     """See the module. Every method but `__init__` runs on an event loop and returns quickly.
 
     Args:
-        packed: the run's spec, see `pack_spec`; its models are built here.
+        batch: the largest of the models' batches; the models come with `ready`.
         device: "cpu" or "cuda" (the GPU that Ray gave this actor).
         threads: of torch on the CPU.
     """
 
-    def __init__(self, packed: list[Any], device: str, threads: int) -> None:
-        self._spec = unpack_spec(packed)
+    def __init__(self, batch: int, device: str, threads: int) -> None:
+        self._models: tuple[ModelDef, ...] = ()
+        self._told = threading.Event()
         self._device = "cuda:0" if device == "cuda" else device
         self._threads = threads
         self._more = threading.Condition()
-        self._batcher = Batcher(max(m.spec.batch for m in self._spec.models))
+        self._batcher = Batcher(batch)
         self._runner: Runner | None = None
         self._staged: Staged | None = None
         self._staging = self._computing = self._paused = False
@@ -87,8 +87,11 @@ class Predictor:
 
     # calls ------------------------------------------------------------------------------------
 
-    async def ready(self) -> dict[str, Any]:
-        """Waits for the models; `error` is why they cannot be had, or None."""
+    async def ready(self, packed: bytes | None = None) -> dict[str, Any]:
+        """Waits for the models, which the driver tells; `error` is why they cannot be had."""
+        if packed is not None and not self._told.is_set():
+            self._models = pickle.loads(packed).models
+            self._told.set()
         while not self._loaded.is_set() and self._error is None:
             await asyncio.sleep(0.02)
         return {
@@ -164,10 +167,11 @@ class Predictor:
         import torch
 
         torch.set_num_threads(self._threads)
+        self._told.wait()
         started = time.monotonic()
         while self._runner is None:
             try:
-                runner = Runner([create_model(m) for m in self._spec.models], self._device)
+                runner = Runner([create_model(m) for m in self._models], self._device)
                 runner.load()
                 self._runner, self._error = runner, None
             except VidbatchError as error:
@@ -266,7 +270,7 @@ class Predictor:
             "left out; please report it",
             kind="predictor_raised",
         )
-        every = [m.spec.name for m in self._spec.models]
+        every = [m.spec.name for m in self._models]
         return [dict.fromkeys(p.models or every, why) for p in pieces]
 
     def _scatter(self, pieces: Any, answers: list[Answers]) -> None:
