@@ -9,7 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vidbatch.data import Clip, Video
-from vidbatch.plan import FIRST_TASK_S, MAX_CLIPS, Piece, estimate_cost_s, pack
+from vidbatch.plan import (
+    FIRST_TASK_S,
+    LEAST_TASK_S,
+    MAX_CLIPS,
+    Piece,
+    estimate_cost_s,
+    pack,
+    task_cost_s,
+)
 
 NOW = datetime(2026, 3, 1, tzinfo=UTC)
 
@@ -67,3 +75,10 @@ def test_short_videos_of_a_day_share_a_task_long_ones_do_not() -> None:
 
 def test_cost_follows_bytes() -> None:
     assert estimate_cost_s(100_000_000) > 20 * estimate_cost_s(1_000_000)
+
+
+def test_a_short_archive_is_spread_over_the_decoders() -> None:
+    assert task_cost_s(36_000, limit_s=600, decoders=4) == 600
+    assert task_cost_s(3_200, limit_s=600, decoders=4) == 100
+    assert task_cost_s(5, limit_s=600, decoders=64) == LEAST_TASK_S
+    assert task_cost_s(5, limit_s=0.6, decoders=1) == 0.6

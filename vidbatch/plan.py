@@ -27,6 +27,14 @@ FIRST_TASK_S = 30.0
 """Planned cost of the first tasks of a run, so that commits show within a minute."""
 
 
+LEAST_TASK_S = 10.0
+"""Planned cost below which no task is made smaller to spread a short archive over the decoders."""
+
+TASKS_PER_DECODER = 8
+"""At the least, where the archive has the work: the last task of a run then costs a decoder's idle
+time of at most an eighth of it."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Piece:
     """A clip and what it is expected to cost."""
@@ -38,6 +46,15 @@ class Piece:
 def estimate_cost_s(size_bytes: int) -> float:
     """Planned core seconds of a whole video of `size_bytes`."""
     return CORE_S_PER_VIDEO + size_bytes / 1e6 * CORE_S_PER_MB
+
+
+def task_cost_s(total_s: float, *, limit_s: float, decoders: int) -> float:
+    """The most a task may cost: `limit_s`, or less where `total_s` would not fill all decoders.
+
+    >>> task_cost_s(36_000, limit_s=600, decoders=4), task_cost_s(160, limit_s=600, decoders=2)
+    (600, 10.0)
+    """
+    return min(limit_s, max(LEAST_TASK_S, total_s / (TASKS_PER_DECODER * decoders)))
 
 
 def whole(clip_of: Clip) -> Piece:

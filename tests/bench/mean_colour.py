@@ -16,6 +16,9 @@ class MeanColour:
 
     def predict(self, batch: Batch) -> Predictions:
         """Mean over the pixels, L2-normalised."""
-        mean = batch.pixels.float().mean(dim=(1, 2)) / 255
+        import torch
+
+        total = batch.pixels.flatten(1, 2).sum(dim=1, dtype=torch.int32)
+        mean = total.float() / (255 * self.geometry.width_px * self.geometry.height_px)
         unit = mean / mean.norm(dim=1, keepdim=True).clamp(min=1e-9)
         return Predictions(n=len(unit), embeddings=unit.cpu().numpy().astype(np.float32))

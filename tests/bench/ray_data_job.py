@@ -23,7 +23,8 @@ class MeanColour:
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         frames = self.torch.from_numpy(np.stack(list(batch["frame"])))
-        mean = frames.float().mean(dim=(1, 2)) / 255
+        total = frames.flatten(1, 2).sum(dim=1, dtype=self.torch.int32)
+        mean = total.float() / (255 * 224 * 224)
         return {
             "path": batch["path"],
             "frame_index": batch["frame_index"],

@@ -14,7 +14,7 @@ from vidbatch.errors import VidbatchError
 from vidbatch.pipeline.engine import make_decoder
 from vidbatch.pipeline.survey import ASSUMED_BITS_PER_S, Survey, new_run_id, take_survey
 from vidbatch.pipeline.task import to_failure
-from vidbatch.plan import estimate_cost_s, pack, whole
+from vidbatch.plan import estimate_cost_s, pack, task_cost_s, whole
 from vidbatch.progress import human_bytes, human_s
 from vidbatch.storage import open_source, open_store
 
@@ -95,11 +95,14 @@ def _cores() -> int:
 
 def _new_tasks(survey: Survey) -> list[Task]:
     """As if every large video were one clip: their number is known only once they are probed."""
-    return pack(
-        [whole(Clip(video=v)) for v in survey.new],
-        sampling=survey.spec.sampling,
-        task_s=survey.job.limits.task_minutes * 60,
+    pieces = [whole(Clip(video=v)) for v in survey.new]
+    decoders = survey.job.engine.decoders
+    task_s = task_cost_s(
+        sum(p.cost_s for p in pieces),
+        limit_s=survey.job.limits.task_minutes * 60,
+        decoders=_cores() if decoders == "auto" else decoders,
     )
+    return pack(pieces, sampling=survey.spec.sampling, task_s=task_s)
 
 
 def _probe(

@@ -23,7 +23,7 @@ from vidbatch.ledger import Ledger, PlanLog
 from vidbatch.pipeline.engine import Probed
 from vidbatch.pipeline.order import RunSpec, WorkOrder
 from vidbatch.pipeline.resolve import archive_rule, run_spec
-from vidbatch.plan import Piece, estimate_cost_s, pack, whole
+from vidbatch.plan import Piece, estimate_cost_s, pack, task_cost_s, whole
 from vidbatch.progress import human_bytes
 from vidbatch.query import readme_and_views
 from vidbatch.storage import open_store, probe_create_only
@@ -183,13 +183,18 @@ class Survey:
         if not pieces:
             return []
         wanted = sorted({p.clip.video.video_id for p in pieces})
+        task_s = task_cost_s(
+            sum(p.cost_s for p in pieces),
+            limit_s=self.job.limits.task_minutes * 60,
+            decoders=max(1, first // 2),
+        )
 
         def plan_new(log: PlanLog) -> list[Task]:
             known = {v for v, old in zip(wanted, log.knows(wanted), strict=True) if old}
             return pack(
                 [p for p in pieces if p.clip.video.video_id not in known],
                 sampling=self.spec.sampling,
-                task_s=self.job.limits.task_minutes * 60,
+                task_s=task_s,
                 num_first=first,
                 order=self.job.engine.order,
             )
