@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -142,6 +143,28 @@ def test_a_model_added_then_changed(archive: Path, tmp_path: Path) -> None:
     current = query.sql(output, "select distinct model from labels where model like 'quality-%'")
     assert len(current.rows) == 1
     assert current.rows[0][0] in third.summary["outputs"]
+
+
+def test_the_five_questions_of_the_outputs_own_readme(archive: Path, tmp_path: Path) -> None:
+    """Each SQL block runs as written over what two runs left, and answers."""
+    output = str(tmp_path / "tables")
+    faces = {"builtin": "faces"}
+    run(make_job(archive, output, models=[*({"builtin": m} for m in MODELS), faces]))
+    what = {"adapter": "builtin", "model": "quality", "min_score": 0.4}
+    run(make_job(archive, output, models=[{"name": "quality", "version": "v2", "what": what}]))
+    readme = (tmp_path / "tables" / "README.md").read_text()
+    questions = re.findall(r"```sql\n(.*?)```", readme, re.DOTALL)
+    assert len(questions) == 5
+    minutes, like_this, failed, versions, frames = (query.sql(output, q) for q in questions)
+    assert {row[minutes.columns.index("source")] for row in minutes.rows} == {"cam-01", "cam-02"}
+    all_frames = query.sql(output, "select count(*) from frames").rows[0][0]
+    assert len(like_this.rows) == min(50, all_frames)
+    assert like_this.rows[0][2] == pytest.approx(1.0)
+    assert {row[4] for row in failed.rows} == {"not_media", "truncated"}
+    assert sum(row[versions.columns.index("frames")] for row in versions.rows) > 0
+    assert not frames.rows, "the drawn videos end before their tenth second"
+    first = query.sql(output, "from frames_of((select min(uri) from videos), 0, 1)")
+    assert len({row[0] for row in first.rows}) == 2
 
 
 def test_a_video_replaced_makes_a_new_version(archive: Path, tmp_path: Path) -> None:
