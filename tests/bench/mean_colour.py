@@ -15,10 +15,7 @@ class MeanColour:
     dim = 3
 
     def predict(self, batch: Batch) -> Predictions:
-        """Mean over the pixels, L2-normalised."""
-        import torch
-
-        total = batch.pixels.flatten(1, 2).sum(dim=1, dtype=torch.int32)
-        mean = total.float() / (255 * self.geometry.width_px * self.geometry.height_px)
+        """Mean over every sixteenth pixel, L2-normalised."""
+        mean = batch.pixels[:, ::4, ::4].float().mean(dim=(1, 2)) / 255
         unit = mean / mean.norm(dim=1, keepdim=True).clamp(min=1e-9)
         return Predictions(n=len(unit), embeddings=unit.cpu().numpy().astype(np.float32))
