@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
         try:
             with Progress() as progress:
                 job = load_job(args.job, [*args.set, *window])
-                code = launch(job, progress=progress, missing_ok=True).exit_code
+                code = launch(job, progress=progress).exit_code
         except VidbatchError as error:
             print(f"backfill: {day}: {error.message}", file=sys.stderr)
             return error.exit_code

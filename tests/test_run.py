@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from tests.outputs import (
     check_no_key_twice,
@@ -305,3 +308,20 @@ def test_an_output_of_a_newer_version_is_refused(archive: Path, tmp_path: Path) 
     with pytest.raises(RefusedError, match="schema 2"):
         run(make_job(archive, str(output)))
     assert sorted(p.name for p in output.rglob("*")) == ["_vidbatch", "output.json"]
+
+
+def test_the_job_scripts_do_what_they_say(archive: Path, tmp_path: Path) -> None:
+    """A backfill over four days (one without a video), then a nightly that finds all done."""
+    job = make_job(archive, str(tmp_path / "tables"))
+    path = tmp_path / "job.yaml"
+    path.write_text(yaml.safe_dump(job.dump()))
+    jobs = Path(__file__).resolve().parents[1] / "jobs"
+    backfill = [str(jobs / "backfill.py"), str(path), "--from", "2026-02-28", "--to", "2026-03-04"]
+    for command in (backfill, [str(jobs / "nightly.py"), str(path)]):
+        done = subprocess.run(
+            [sys.executable, *command], capture_output=True, text=True, check=False, timeout=150
+        )
+        assert done.returncode == 0, done.stderr
+    assert "nothing to do" in done.stderr
+    counts = outcome_counts(open_store(str(tmp_path / "tables")))
+    assert counts["frames"] == {"ok": len(SCENES), "partial": 1, "failed": 1}

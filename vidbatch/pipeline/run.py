@@ -76,8 +76,7 @@ def run_job(
         progress.note("nothing to do: every output of every video listed is committed")
         return RunResult(run=None, exit_code=0, summary={"listing": survey.listing_facts()})
     survey.check_limits()
-    local = make_engine is None or job.engine.address == "none"
-    if local or make_engine is None:
+    if make_engine is None or job.engine.address == "none":
         engine: Engine = LocalEngine(survey.spec, length_s=job.clips.length_s)
     else:
         engine = make_engine(survey.spec, job, progress.note)
