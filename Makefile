@@ -6,10 +6,10 @@ PY := .venv/bin/python
 PIP_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench engines engines-current
+.PHONY: help setup demo test test-exhaustive check bench fuzz engines engines-current
 
 help: ## what each verb does
-	@grep -E '^[a-z]+:.*##' Makefile | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*##' Makefile | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
 
 setup: .venv/.done ## makes .venv from requirements.lock
 
@@ -24,6 +24,12 @@ demo: setup ## makes a small archive, runs the whole job on local Ray, asks two 
 
 test: setup ## the whole suite (the S3 tests use a real server where ceph is installed)
 	$(PY) -m pytest $(TEST_ARGS)
+
+test-exhaustive: setup ## every real video at every rule and clip length (a quarter of an hour)
+	VIDBATCH_EXHAUSTIVE=1 $(PY) -m pytest tests/contracts/test_decoding.py --timeout 1800
+
+fuzz: setup ## 20,000 mutated videos through the isolated decoder
+	$(PY) -m tests.chaos.mutations $(FUZZ_ARGS)
 
 check: setup ## ruff and mypy --strict
 	.venv/bin/ruff check .

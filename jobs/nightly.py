@@ -1,39 +1,20 @@
-"""The nightly run of one job file.
+"""The nightly run of one job file: `vidbatch run`, as a script that can be submitted.
 
     python jobs/nightly.py configs/nightly.yaml
-    ray job submit --working-dir . -- python jobs/nightly.py configs/nightly.yaml \\
-        --set engine.address=auto
+    vidbatch submit configs/nightly.yaml --address http://127.0.0.1:8265 --script jobs/nightly.py
+    python /app/jobs/nightly.py /job/job.yaml --exit-codes kuberay --set engine.address=auto
 
-Exit codes are those of `vidbatch run`: 0 finished, 1 infrastructure, 2 usage, 4 stopped above the
+The last one is the entrypoint of a RayJob. It takes every option of `vidbatch run`. Exit codes: 0
+finished, 1 infrastructure, 2 usage, 3 (--strict) finished with failures, 4 stopped above the
 failure limit, 5 stopped before the end. After 1 and 5 the same command goes on.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
-from pathlib import Path
 
-from vidbatch.config import load_job
-from vidbatch.errors import VidbatchError
-from vidbatch.launch import launch
-from vidbatch.progress import Progress
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("job", type=Path)
-    parser.add_argument("--set", action="append", default=[], metavar="section.key=value")
-    parser.add_argument("--strict", action="store_true", help="exit 3 if anything failed")
-    args = parser.parse_args(argv)
-    try:
-        with Progress() as progress:
-            job = load_job(args.job, args.set)
-            return launch(job, progress=progress, strict=args.strict).exit_code
-    except VidbatchError as error:
-        print(f"nightly: {error.message}", file=sys.stderr)
-        return error.exit_code
-
+from vidbatch.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.argv.insert(1, "run")
+    main()

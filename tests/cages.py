@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -41,12 +41,16 @@ class Bytes:
         self.data, self.size_bytes = data, len(data)
         self.fail_at, self.error = fail_at, error
         self.reads: list[tuple[int, int]] = []
+        self.wanted: list[list[tuple[int, int]]] = []
 
     def read_at(self, offset: int, length: int) -> bytes:
         self.reads.append((offset, length))
         if self.error is not None and len(self.reads) > self.fail_at:
             raise self.error
         return self.data[offset : offset + length]
+
+    def want(self, extents: Sequence[tuple[int, int]]) -> None:
+        self.wanted.append(list(extents))
 
 
 def make_clip(uri: str) -> Clip:
@@ -94,7 +98,7 @@ def assert_equal(ours: Frames, theirs: Frames) -> None:
     """Every column and every pixel, types included."""
     for column in fields(Frames):
         a, b = getattr(ours, column.name), getattr(theirs, column.name)
-        if column.name == "context":
+        if column.name in ("context", "halo"):
             assert a == b
         elif column.name == "pixels":
             assert a.keys() == b.keys()

@@ -207,7 +207,8 @@ def remux(
         av.open(io.BytesIO(data)) as source,
         av.open(out, "w", format=container, options=muxer or {}) as target,
     ):
-        stream = target.add_stream_from_template(source.streams.video[0])
+        # As it is: the library that decodes AV1 cannot encode it.
+        stream = target.add_stream_from_template(source.streams.video[0], opaque=True)
         packets = (p for p in source.demux(video=0) if p.dts is not None)
         for n, packet in enumerate(packets):
             changed = change(n, packet)

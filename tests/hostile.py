@@ -74,6 +74,7 @@ def make_frames(first: int, n: int, geometries: Sequence[Geometry], context: boo
         is_keyframe=index % 3 == 0,
         is_corrupt=index % 5 == 0,
         source_px=np.stack([index + 640, index + 480], axis=1),
+        ordinal=index,
         pixels={
             g.key: np.full((n, g.height_px, g.width_px, 3), first % 251, np.uint8)
             for g in geometries
@@ -90,6 +91,8 @@ def decode_clip(
     geometries: Sequence[Geometry],
     context: bool,
     limits: DecodeLimits,
+    halo: int = 0,
+    following: Clip | None = None,
 ) -> Iterator[DecodeEvent]:
     """Does what the last part of the clip's uri names, between the info and the end."""
     yield INFO
@@ -103,6 +106,11 @@ def decode_clip(
             step = int(argument)
             total = sum(sum(source.read_at(at, step)) for at in range(0, source.size_bytes, step))
             yield make_frames(total, 1, geometries, False)
+        case "want":
+            parts = [(at, at + 9) for at in range(0, source.size_bytes, int(argument))]
+            source.want(parts)
+            for start, stop in parts:
+                assert source.read_at(start, 100)[: stop - start] == bytes(9)
         case "sieve":  # many small reads, to and fro
             for at in range(0, source.size_bytes, 997):
                 assert source.read_at(at, 100) == source.read_at(at, 5000)[:100]
@@ -135,7 +143,7 @@ def decode_clip(
         case "fat":  # a chunk larger than the decoder may make
             frames = make_frames(0, 200, geometries, False)
             columns = wire.pack_columns(frames)
-            _say('{"op":"frames","slot":0,"n":200,"context":false}', columns)
+            _say('{"op":"frames","slot":0,"n":200,"context":false,"halo":0}', columns)
         case "raw":
             _say(LIES[argument])
         case "attack":
@@ -165,7 +173,12 @@ LIES = {
     "end": '{"op":"end","value":{"status":"ok"}}',
     "read": '{"op":"read","offset":0,"length":99999999999}',
     "negative": '{"op":"read","offset":-5,"length":3}',
-    "slot": '{"op":"frames","slot":77,"n":0,"context":false}',
+    "want": '{"op":"want","extents":[[0,50001]]}',
+    "falling": '{"op":"want","extents":[[10,20],[19,30]]}',
+    "nothing": '{"op":"want","extents":[[10,10]]}',
+    "triple": '{"op":"want","extents":[[1,2,3]]}',
+    "wants": '{"op":"want","extents":[' + "[0,1]," * 5000 + "[0,1]]}",
+    "slot": '{"op":"frames","slot":77,"n":0,"context":false,"halo":0}',
     "many": '{"op":"frames","slot":0,"n":1000000,"context":false}',
     "short": '{"op":"frames","slot":0,"n":10,"context":false}',
     "early": '{"op":"done"}',
@@ -198,6 +211,14 @@ def _write_file() -> None:
         file.write("x")
 
 
+def _call(name: str, *arguments: int) -> int:
+    """A function of the C library, which answers -1 where the kernel refuses."""
+    answer = getattr(ctypes.CDLL(None, use_errno=True), name)(*map(ctypes.c_long, arguments))
+    if answer < 0:
+        raise OSError(ctypes.get_errno(), name)
+    return int(answer)
+
+
 def _read_parent_memory() -> int:
     word = ctypes.create_string_buffer(8)
     pairs = (ctypes.c_void_p * 2)(ctypes.addressof(word), 8)
@@ -223,4 +244,10 @@ ATTACKS = {
     "signal_parent": lambda: os.kill(os.getppid(), 0),
     "raise_limit": lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64)),
     "pipe": lambda: os.pipe(),
+    "memory_file": lambda: os.memfd_create("x"),
+    "parent_limits": lambda: resource.prlimit(os.getppid(), resource.RLIMIT_CPU, (1, 1)),
+    "trace_parent": lambda: _call("ptrace", 16, os.getppid(), 0, 0),
+    "new_namespace": lambda: _call("unshare", 0x10000000),
+    "io_uring": lambda: _call("syscall", 425, 8, 0),
+    "open_tree": lambda: _call("syscall", 428, -100, 0, 0),
 }

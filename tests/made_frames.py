@@ -49,6 +49,7 @@ def make_frames(
         is_keyframe=no,
         is_corrupt=no,
         source_px=np.array([p.shape[1::-1] for p in pictures], np.int64).reshape(n, 2),
+        ordinal=index,
         pixels=pixels,
         context=context,
     )

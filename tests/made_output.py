@@ -105,7 +105,7 @@ def frames_of(clip: Clip, sample: Sample, *, has_pts: bool = True) -> Frames:
     return Frames(
         frame_index=index, pts=index * 512, has_pts=np.full(n, has_pts), time_s=time_s,
         covers_s=np.full(n, step_s), is_keyframe=index % 50 == 0, is_corrupt=np.zeros(n, np.bool_),
-        source_px=np.tile([320, 180], (n, 1)), pixels={},
+        source_px=np.tile([320, 180], (n, 1)), ordinal=index // 12, pixels={},
     )  # fmt: skip
 
 

@@ -88,6 +88,7 @@ def make_frames(first: int, end: int, *, context: bool = False, has_pts: bool = 
         is_keyframe=index % 2 == 0,
         is_corrupt=np.zeros(n, np.bool_),
         source_px=np.full((n, 2), 64, np.int64),
+        ordinal=index,
         pixels={},
         context=context,
     )

@@ -16,16 +16,19 @@ import pytest
 from tests.s3 import REGION, Server
 
 Action = Literal[
-    "slow_down", "internal_error", "conflict",  # answered by the proxy
+    "slow_down", "internal_error", "conflict", "forbidden", "archived",  # answered by the proxy
     "reset", "hang",  # never reaches the server
     "lost",  # done by the server, the answer is lost
     "cut", "short",  # half the body: cut off, or with headers that say it is all
+    "long", "endless",  # more than was asked for: some bytes, or without an end and a length
     "whole", "unconditional",  # the server never sees Range, or If-None-Match and If-Match
 ]  # fmt: skip
 _ANSWERS = {
     "slow_down": (503, "SlowDown"),
     "internal_error": (500, "InternalError"),
     "conflict": (409, "ConditionalRequestConflict"),
+    "forbidden": (403, "AccessDenied"),
+    "archived": (403, "InvalidObjectState"),
 }
 
 
@@ -49,6 +52,8 @@ class FaultProxy:
     """(method, path with query, status passed on; 0 where none was)."""
     headers: list[dict[str, str]] = field(default_factory=list)
     """Of every request, names in lower case."""
+    streamed_bytes: int = 0
+    """Sent by endless answers."""
     lock: threading.Lock = field(default_factory=threading.Lock)
     over: threading.Event = field(default_factory=threading.Event)
 
@@ -116,6 +121,10 @@ class _Handler(BaseHTTPRequestHandler):
             self._reset()
         elif action == "short":
             self._reply(response.status, kept, data[: len(data) // 2])
+        elif action == "long":
+            self._reply(response.status, kept, data + bytes(100_000))
+        elif action == "endless":
+            self._stream(response.status, kept)
         else:
             self._reply(response.status, kept, data, length)
 
@@ -155,6 +164,18 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
+
+    def _stream(self, status: int, headers: list[tuple[str, str]]) -> None:
+        """Chunks of zeros until the client has had enough, or a gibibyte."""
+        self.send_response(status)
+        for name, value in [*headers, ("Transfer-Encoding", "chunked")]:
+            self.send_header(name, value)
+        self.end_headers()
+        chunk = b"10000\r\n" + bytes(2**16) + b"\r\n"
+        for _ in range(2**14):
+            self.wfile.write(chunk)
+            self.proxy.streamed_bytes += 2**16
+        self.wfile.write(b"0\r\n\r\n")
 
     def _reset(self) -> None:
         with self.proxy.lock:

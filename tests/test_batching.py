@@ -26,7 +26,8 @@ from vidbatch.data import (
     Predictions,
 )
 from vidbatch.errors import ModelError
-from vidbatch.models.runner import Answers, Piece, Runner
+from vidbatch.models.runner import Answers, Runner
+from vidbatch.models.staging import Piece
 
 SMALL = Geometry(width_px=4, height_px=2)
 TALL = Geometry(width_px=3, height_px=5)
@@ -243,7 +244,7 @@ class TestScatterRefuses:
     ) -> None:
         batcher, pieces, answers = waiting
         b = pieces[1]
-        stranger = Piece(ticket="a", frames=b.frames, lo=0, hi=3)
+        stranger = Piece(ticket="a", chunk=b.chunk, lo=0, hi=3)
         with pytest.raises(ValueError, match="other frames"):
             batcher.scatter([stranger, b], answers)
         assert [t for t, _ in batcher.scatter(pieces, answers)] == ["a", "b"]  # nothing was kept
@@ -309,16 +310,16 @@ class TestFaults:
     def test_out_of_memory_halves_and_goes_on(self) -> None:
         model = Echo(batch=64, room=5)
         runner = Runner([model])
-        piece = Piece(ticket=0, frames=chunk(0, 30), lo=0, hi=30)
+        piece = Piece(ticket=0, chunk=chunk(0, 30), lo=0, hi=30)
         (answers,) = runner.run([piece])
-        assert_equal(answers["echo"], predict_chunk({"echo": Echo()}, piece.frames, "cpu")["echo"])
+        assert_equal(answers["echo"], predict_chunk({"echo": Echo()}, piece.chunk, "cpu")["echo"])
         assert model.sizes[:4] == [30, 15, 7, 3] and set(model.sizes[4:]) == {3}
         assert runner.halved == 3
         runner.run([piece])
         assert runner.halved == 3  # it remembers
 
     def test_a_model_that_is_not_here(self) -> None:
-        piece = Piece(ticket=0, frames=chunk(0, 1), lo=0, hi=1, models=frozenset({"other"}))
+        piece = Piece(ticket=0, chunk=chunk(0, 1), lo=0, hi=1, models=frozenset({"other"}))
         with pytest.raises(KeyError, match="other"):
             Runner([Echo()]).run([piece])
 
@@ -326,7 +327,7 @@ class TestFaults:
 def test_seconds_are_counted() -> None:
     runner = Runner(three_models(2))
     runner.load()
-    runner.run([Piece(ticket=0, frames=chunk(0, 9), lo=0, hi=9)])
+    runner.run([Piece(ticket=0, chunk=chunk(0, 9), lo=0, hi=9)])
     assert runner.seconds["compute"] > 0 and runner.seconds["collating"] > 0
     assert runner.seconds["uploading"] == 0  # on a CPU nothing is
     runner.close()
@@ -336,11 +337,11 @@ def test_staging_ahead_gives_the_same() -> None:
     """Two batches staged before the first is computed do not share a buffer."""
     runner = Runner(three_models(4))
     pieces = [
-        Piece(ticket=i, frames=chunk(100 * i, 6, context=bool(i)), lo=0, hi=6) for i in (0, 1)
+        Piece(ticket=i, chunk=chunk(100 * i, 6, context=bool(i)), lo=0, hi=6) for i in (0, 1)
     ]
     staged = [runner.stage([p]) for p in pieces]
     for piece, s in zip(pieces, staged, strict=True):
         (answers,) = runner.compute(s)
-        alone = predict_chunk({m.spec.name: m for m in runner.models}, piece.frames, "cpu")
+        alone = predict_chunk({m.spec.name: m for m in runner.models}, piece.chunk, "cpu")
         for name, answer in answers.items():
             assert_equal(answer, alone[name])

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from vidbatch.cluster import orders, pools
+from vidbatch.cluster.attribution import attribute
 from vidbatch.cluster.client import credit_bytes
 from vidbatch.cluster.decoder import Beat, DroppedError, Pulse
-from vidbatch.cluster.metrics import attribute
 from vidbatch.cluster.orders import Returned
 from vidbatch.cluster.slots import Flight, Slot
 from vidbatch.config import EngineConfig

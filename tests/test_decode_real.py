@@ -4,61 +4,17 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from fractions import Fraction
-from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tests.decoding import ALL, SMALL, Decoded, Reference, decode, decode_plainly, fps
+from tests.decoding import ALL, decode, fps
+from tests.real_videos import SOUND
 from vidbatch.data import DecodeLimits, Geometry, Sample
 from vidbatch.errors import MediaError
 from vidbatch.media import BytesSource
-from vidbatch.probe import clip_ranges, probe
-
-ASL = """again bird book brother eat help hungry learn milk night no please school sister sorry
-    student thanks walk want yes"""
-SOUND = {
-    "real": """bgs__video.avi bgs__video02.avi exo__roadtrip-vp92-10bit.webm
-        facenet__video_tracked.mp4 fftut__small_bunny_1080p_60fps.mp4 gpmf__hero7.mp4
-        intel__car-detection.mp4 intel__face-demographics-walking.gif
-        intel__one-by-one-person-detection.mp4 intel__person-bicycle-car.gif lp__d6.mp4 mb__0.ts
-        mb__transparency.webm mb__video-h265.mp4 mdn__flower-fragmented.mp4 mdn__flower.mp4
-        mdn__flower.webm mdn__friday.mp4 moviepy__big_buck_bunny_0_30.webm moviepy__chaplin.mp4
-        moviepy__fire2.mp4 moviepy__sintel-trailer-480p_second_vid.mp4
-        moviepy__video_for_blend_modes.mp4 mp4p__foreman-hevc-384.mp4 mp4p__multiTrack.3gp
-        sam2__01_dog.mp4 sam2__05_default_juggle.mp4 sam2__bedroom.mp4 skv__carphone_pristine.mp4
-        v2d__test_video.mp4""",
-    "truth": """mb__video.mp4 psd__delayed_start.mp4 psd__fades.mp4 psd__testvideo.mp4
-        skv__bigbuckbunny.mp4 skv__bikes.mp4""",
-    "truth/torchcodec": """bt2020_10bit.mp4 bt601_full_range.mp4 bt601_limited_range.mp4
-        bt709_full_range.mp4 nasa_13013.mp4 nasa_13013_hdr.mp4 nasa_13013_mkv_duration_tag.mkv
-        nasa_13013_rotated.mp4 nasa_13013_vfr.mp4 testsrc2_odd_height_and_width_mpeg2.mp4
-        testsrc2_odd_height_and_width_vp9.mp4 var_fps_video.mp4""",
-    "truth/asl": " ".join(
-        f"{w}.mkv" for w in [*ASL.split(), *["student", "thanks", "walk", "want", "yes"]]
-    ),
-}
-LONGEST = "real/v2d__test_video.mp4"
-FILES = [
-    pytest.param(f"{folder}/{name}", marks=[pytest.mark.slow] if name in LONGEST else [])
-    for folder, names in SOUND.items()
-    for name in names.split()
-]
-LARGE_BYTES = 1_500_000
-"""From this size on every frame's place is compared, but pixels of the rows of 2 fps alone."""
-
-
-@cache
-def sound(path: Path) -> tuple[bytes, Reference, Decoded]:
-    """A file, a plain decode of it and its rows at 2 fps."""
-    data = path.read_bytes()
-    rows = decode(data, fps(2), context=True, chunk_frames=16)
-    keep = set(rows.index)
-    reference = decode_plainly(data, lambda i: len(data) < LARGE_BYTES or i in keep)
-    assert reference.errors == 0
-    return data, reference, rows
+from vidbatch.probe import probe
 
 
 def test_every_real_and_truth_file_is_named(shared_videos: Path) -> None:
@@ -69,50 +25,7 @@ def test_every_real_and_truth_file_is_named(shared_videos: Path) -> None:
         for p in (shared_videos / folder).rglob("*")
         if p.suffix in media
     }
-    assert there == {str(param.values[0]) for param in FILES}
-
-
-@pytest.mark.parametrize("name", FILES)
-def test_rows_are_those_of_a_plain_decode(shared_videos: Path, name: str) -> None:
-    data, reference, at_2_fps = sound(shared_videos / name)
-    large = len(data) >= LARGE_BYTES
-    every = decode(data, ALL, geometries=[] if large else [SMALL])
-    assert every.marks == list(enumerate(reference.pts))
-    expected = reference.pts
-    if reference.rises:
-        assert at_2_fps.index == reference.fps_rows(Fraction(2))
-    assert all(row.pts == expected[row.index] for row in at_2_fps.rows)
-    for got in (every, at_2_fps):
-        assert (got.end.status, got.end.decode_errors) == ("ok", 0)
-        assert got.end.end_frame == len(expected)
-        assert all(
-            row.pixels == reference.pixels[row.index].tobytes() for row in got.rows if row.pixels
-        )
-    for chunk, before in zip(at_2_fps.chunks[1:], at_2_fps.chunks, strict=False):
-        assert chunk.context
-        assert (chunk.pixels[SMALL.key][0] == before.pixels[SMALL.key][-1]).all()
-    skips = not (at_2_fps.end.fallback or at_2_fps.end.frames_decoded == len(expected))
-    assert skips or at_2_fps.end.fallback or len(expected) < 200
-
-
-@pytest.mark.parametrize("name", FILES)
-def test_parts_add_up_to_the_whole(shared_videos: Path, name: str) -> None:
-    data, _, whole = sound(shared_videos / name)
-    info, table = probe(BytesSource(data), limits=DecodeLimits())
-    lengths = (4,) if len(data) >= LARGE_BYTES else (0.1, 4)
-    plans = {len(p): p for p in (clip_ranges(info, table, s) for s in lengths)}
-    plans.pop(1, None)
-    for parts in plans.values():
-        pieces = [decode(data, fps(2), part=p, context=True, chunk_frames=16) for p in parts]
-        assert [row for piece in pieces for row in piece.rows] == whole.rows
-        previous = None
-        for piece in pieces:
-            assert piece.end.status == "ok"
-            if piece.rows:
-                assert piece.chunks[0].context == (previous is not None)
-                if previous is not None:
-                    assert piece.chunks[0].pixels[SMALL.key][0].tobytes() == previous.pixels
-                previous = piece.rows[-1]
+    assert there == {name for name in SOUND if not name.startswith("odd/")}
 
 
 OUTCOMES = """
@@ -174,6 +87,8 @@ ODD = {line.split()[0]: line.split()[1:] for line in OUTCOMES.strip().splitlines
 
 def test_every_odd_file_is_named(shared_videos: Path) -> None:
     assert {p.name for p in (shared_videos / "odd").iterdir()} == set(ODD)
+    sound = {name for name, (outcome, _) in ODD.items() if outcome == "ok"}
+    assert {n.removeprefix("odd/") for n in SOUND if n.startswith("odd/")} == sound
 
 
 @pytest.mark.parametrize("name", ODD)
@@ -241,3 +156,39 @@ def test_published_pixels_of_frames(shared_videos: Path) -> None:
         assert np.abs(own.astype(int) - published).mean() < 1.0
         compared += 1
     assert compared > 10
+
+
+def test_expectations_of_other_projects(shared_videos: Path) -> None:
+    """What their tests publish about these files, so far as it is about decoding."""
+    checked = 0
+    for entry in json.loads((shared_videos / "truth/expectations.json").read_text()):
+        path = shared_videos / entry["file"].split(",")[0]
+        known = {"frames", "size", "display_size", "fps"} & set(entry)
+        if entry.get("stream", 0) or not path.is_file() or not (known or entry["check"] in OTHERS):
+            continue
+        data = path.read_bytes()
+        damaged = entry["check"] == "must_report_error"
+        got = decode(data, ALL if damaged else Sample(kind="keyframes"), geometries=[])
+        size = entry.get("size") or entry.get("display_size")
+        if entry["check"] == "display_size":
+            size = entry["value"]
+        assert size in (None, [got.info.width_px, got.info.height_px]), entry
+        assert entry.get("frames", got.end.end_frame) == got.end.end_frame, entry
+        if "fps" in entry:
+            assert float(got.info.rate or 0) == pytest.approx(entry["fps"], rel=1e-3), entry
+        if entry["check"] == "frame_rates":
+            _, table = probe(BytesSource(data), limits=DecodeLimits())
+            assert table is not None
+            steps = np.diff(table.ticks) * float(table.time_base)
+            assert steps == pytest.approx(1 / entry["average"])
+        if entry["check"] in {"first_pts", "normalised_first_frame_time_below"}:
+            assert got.info.start_s == pytest.approx(entry.get("raw_start") or entry["value"], 1e-3)
+            assert got.rows[0].time_s == 0
+        if damaged:
+            assert got.end.status == "partial" and got.end.decode_errors
+        checked += 1
+    assert checked == 12
+
+
+OTHERS = {"frame_rates", "first_pts", "normalised_first_frame_time_below", "must_report_error"}
+"""Checks that name no count and no size."""

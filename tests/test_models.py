@@ -23,13 +23,13 @@ from vidbatch.data import (
     fit_box,
 )
 from vidbatch.errors import ModelError
-from vidbatch.models.base import (
+from vidbatch.models.answers import (
     check_predictions,
     cut_predictions,
     join_predictions,
     keep_labels,
-    undo_fit,
 )
+from vidbatch.models.base import undo_fit
 from vidbatch.models.registry import create_model, resolve_model
 
 HERE = Path(__file__).parent

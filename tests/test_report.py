@@ -123,13 +123,17 @@ def test_the_summary_shows_where_the_time_went(made_output: Path) -> None:
     path = made_output / "_vidbatch" / "runs" / RUNS[0] / "summary.json"
     summary: dict[str, Any] = json.loads(path.read_text("utf-8"))
     summary["not_planned"] = {"s3://a/b[1].mp4": "the store answered 503"}
-    summary["slowest"] = [["s3://a/slow.mp4", 61.0]]
+    summary["slowest"] = [{"uri": "s3://a/slow.mp4", "start_s": 60.0, "seconds": 61.0,
+                           "bytes_read": 2**25, "gets": 3}]  # fmt: skip
+    summary["fallbacks"] = {"timestamps step back N times": 4}
     text = shown(report.summary_table(summary))
     for part in (
         "stopped before the end after 24 s: received SIGTERM", "5 frames/s", "5 x real time",
         "20 ok, 8 partial, 4 failed", "2 fallbacks", "2 busy", "6.0 MiB in 24 GETs",
         "2.0 MiB in 80 PUTs", "decode 12 s (60%), predict 6 s (30%), read 2 s (10%)",
-        "s3://a/b[1].mp4: the store answered 503", "s3://a/slow.mp4: 1 min 01 s", "starved 61 %",
+        "s3://a/b[1].mp4: the store answered 503",
+        "s3://a/slow.mp4 from 60 s: 1 min 01 s, 32.0 MiB in 3 GETs",
+        "4 clips: timestamps step back N times", "starved 61 %",
     ):  # fmt: skip
         assert part in text, part
 

@@ -257,17 +257,17 @@ class unreadable:  # noqa: N801 used as a verb
         self.path, self.patch = path, monkeypatch
 
     def __enter__(self) -> None:
-        import vidbatch.pipeline.task as task
+        import vidbatch.pipeline.reading as reading
         from vidbatch.errors import ForbiddenByStore
 
-        real: Callable[..., Any] = task.open_source
+        real: Callable[..., Any] = reading.open_source
 
         def refuse(store: Store, uri: str, **facts: Any) -> Any:
             if uri == str(self.path):
                 raise ForbiddenByStore(f"{uri}: access denied", kind="access_denied")
             return real(store, uri, **facts)
 
-        self.patch.setattr(task, "open_source", refuse)
+        self.patch.setattr(reading, "open_source", refuse)
 
     def __exit__(self, *_: object) -> None:
         self.patch.undo()

@@ -91,6 +91,15 @@ def test_bytes_come_from_the_parent_in_large_pieces(cage: Cage) -> None:
     assert len(list(play(cage, "sieve", source))) == 2
 
 
+def test_what_is_wanted_is_told_in_lists_of_bounded_length(cage: Cage) -> None:
+    source = Bytes(bytes(2500 * 20))
+    assert len(list(play(cage, "want-20", source))) == 2
+    assert [len(w) for w in source.wanted] == [1024, 1024, 452]
+    assert [e for w in source.wanted for e in w] == [(n * 20, n * 20 + 9) for n in range(2500)]
+    borders = {b for w in source.wanted for e in w for b in e}
+    assert all(at + n in borders for at, n in source.reads[:-1]), "no read across a border"
+
+
 def test_a_long_read_is_asked_for_as_it_is(cage: Cage) -> None:
     source = Bytes(bytes(range(256)) * 80_000)
     _, frames, _ = play(cage, f"sum-{len(source.data)}", source)

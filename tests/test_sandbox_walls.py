@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests import hostile
-from tests.cages import Cage, make_clip, play, wait_gone
+from tests.cages import Cage, assert_works, make_clip, play, wait_gone
 from vidbatch.data import Clip, ClipEnd, VideoInfo
 from vidbatch.errors import DecoderDied
 from vidbatch.sandbox import wire
@@ -65,6 +65,7 @@ def test_the_child_has_nothing_and_reaches_nothing(
         ["0", "0"]
     ] * 3
     assert int(limits["Max address space"][1]) < 10 * 2**30
+    assert int(limits["Max cpu time"][0]) <= 4 * 3600 + 60
     assert isinstance(end, ClipEnd) and end.reason is not None
     attacks = dict(part.split(": ", 1) for part in end.reason.split("; "))
     assert attacks.keys() == hostile.ATTACKS.keys()
@@ -95,6 +96,22 @@ def test_children_die_with_their_parent() -> None:
         parent.kill()
     for pid in pids:
         wait_gone(pid)
+
+
+@pytest.mark.parametrize("deed", ["segv", "spin", "bomb"])
+def test_the_spare_takes_over_from_one_that_died(deed: str) -> None:
+    """It was up and locked in before it was needed, and the next one starts meanwhile."""
+    with Cage(stall_s=0.3 if deed == "spin" else 20, memory_bytes=100 * 2**20) as cage:
+        list(play(cage, "frames-1"))
+        for _ in range(2):
+            assert cage._spare is not None
+            spare = cage._spare.result()
+            assert spare.alive() and spare.jobs == 0 and spare.pid != cage.pid
+            with pytest.raises(DecoderDied):
+                list(play(cage, deed))
+            assert_works(cage)
+            assert cage.pid == spare.pid
+        assert cage.restarts == 2
 
 
 @given(

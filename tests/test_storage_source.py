@@ -49,7 +49,7 @@ class Counting(AnyStore):
 @pytest.fixture
 def counting(monkeypatch: pytest.MonkeyPatch) -> Counting:
     """An empty store; reading ahead is scaled down, and M stands for 1 MiB."""
-    for name in ("PAGE_BYTES", "HELD_BYTES", "AHEAD_BYTES", "GAP_BYTES"):
+    for name in [n for n in vars(storage_source) if n.endswith("_BYTES")]:
         monkeypatch.setattr(storage_source, name, getattr(storage_source, name) * M // MiB)
     return Counting(f"memory://counting-{uuid.uuid4().hex}", StoreSettings())
 
@@ -79,7 +79,7 @@ def test_reading_in_order_takes_few_gets_and_each_byte_once(counting: Counting) 
         assert source.read_at(offset, 6_000) == data[offset : offset + 6_000]
     assert source.bytes_read == size
     assert len(counting.reads) <= 9
-    assert max(n for _, n in counting.reads) == 8 * M
+    assert max(n for _, n in counting.reads) == 16 * M
 
 
 def test_the_next_get_is_under_way_while_this_one_is_read(counting: Counting) -> None:
@@ -95,16 +95,26 @@ def test_the_next_get_is_under_way_while_this_one_is_read(counting: Counting) ->
 
 def test_a_far_read_fetches_little(counting: Counting) -> None:
     source, data = _open(counting, 45 * M)
-    for at in range(40 * M + 5, 0, -5 * M):
+    for at in range(35 * M, -1, -5 * M):
         assert source.read_at(at, 1000) == data[at : at + 1000]
-    assert [n for _, n in counting.reads] == [M] * 9
+    assert [n for _, n in counting.reads] == [M] * 8
+
+
+def test_a_jump_near_the_end_takes_all_that_is_left(counting: Counting) -> None:
+    source, data = _open(counting, 45 * M + 7)
+    source.want([(0, 100)])
+    for at in (0, 39 * M, 44 * M, 45 * M):
+        assert source.read_at(at, 50) == data[at : at + 50]
+    assert counting.reads == [(0, M // 4), (39 * M, 6 * M + 7)]
+    source.want([(30 * M, 44 * M)])  # what is wanted there says more than that
+    assert source.read_at(38 * M - 5, 10) == data[38 * M - 5 :][:10]
+    source.close()
+    assert max(at + n for at, n in counting.reads[2:]) == 39 * M
 
 
 def test_the_sizes_of_gets() -> None:
-    page_bytes = storage_source.PAGE_BYTES
-    assert page_bytes == 256 * 1024
-    assert page_bytes * storage_source.FIRST_PAGES == MiB
-    assert page_bytes * storage_source.RUN_PAGES == 8 * MiB
+    found = [vars(storage_source)[f"{n}_BYTES"] for n in ("LEAST", "FIRST", "TAIL", "RUN", "GAP")]
+    assert found == [256 * 1024, MiB, 8 * MiB, 16 * MiB, MiB]
 
 
 def test_no_get_is_small_but_at_the_end(counting: Counting) -> None:
@@ -157,20 +167,49 @@ def test_where_much_is_wanted_all_of_the_span_is(counting: Counting) -> None:
         at = 10 * M + i * 3 * M
         assert source.read_at(at, M) == data[at : at + M]
     assert source.bytes_read == 22 * M
-    assert len(counting.reads) == 3
+    assert counting.reads == [(10 * M, 11 * M), (21 * M, 11 * M)], "two, and evenly"
+
+
+def test_what_is_not_wanted_any_more_is_dropped(counting: Counting) -> None:
+    source, data = _open(counting, 100 * M)
+    source.want([(0, 40 * M)])
+    source.want([(60 * M, 70 * M)])
+    assert source.read_at(60 * M, 10 * M) == data[60 * M : 70 * M]
+    assert source.read_at(0, 10) == data[:10]
+    assert counting.reads.count((60 * M, 10 * M)) == 1
+    source.want([])
+    assert source.read_at(69 * M, 10) == data[69 * M :][:10], "what was read is held"
+    assert counting.reads.count((60 * M, 10 * M)) == 1
+
+
+def test_the_header_outlasts_the_clips(counting: Counting) -> None:
+    """Two clips of 90 M each, which is more than is held, and a header that both begin with."""
+    source, data = _open(counting, 200 * M)
+    for first in (3 * M, 100 * M):
+        source.want([(first, first + 90 * M)])
+        for at in (0, M, 199 * M):
+            assert source.read_at(at, 1000) == data[at : at + 1000]
+        for at in range(first, first + 90 * M, M // 8):
+            assert source.read_at(at, M // 8) == data[at : at + M // 8]
+    assert sum(r.size_bytes for r in source._runs) <= 64 * M
+    header = [r for r in counting.reads if r[1] < 8 * M]
+    assert header == [(0, M // 4), (M, M // 4), (199 * M, M)]
+    assert source.bytes_read == sum(n for _, n in counting.reads) < 182 * M
 
 
 def test_what_is_held_is_bounded(counting: Counting, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage_source, "HELD_BYTES", 4 * M)
     monkeypatch.setattr(storage_source, "AHEAD_BYTES", 2 * M)
-    monkeypatch.setattr(storage_source, "RUN_PAGES", 4)
+    monkeypatch.setattr(storage_source, "RUN_BYTES", M)
     source, data = _open(counting, 20 * M)
     assert source.read_at(0, 20 * M) == data
     before = len(counting.reads)
     assert source.read_at(17 * M, M) == data[17 * M : 18 * M]
     assert len(counting.reads) == before, "the last are held"
     assert source.read_at(0, 10) == data[:10]
-    assert len(counting.reads) == before + 1, "the first are forgotten"
+    assert len(counting.reads) == before, "so is the head"
+    assert source.read_at(2 * M, 10) == data[2 * M :][:10]
+    assert len(counting.reads) == before + 1, "those between are forgotten"
 
 
 def test_a_failed_read_is_raised_once_and_asked_again(counting: Counting) -> None:
@@ -219,9 +258,9 @@ def test_any_reads_give_the_objects_bytes(
     size: int, reads: list[tuple[int, int]], wanted: list[int]
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"PAGE_BYTES": 16, "FIRST_PAGES": 2, "RUN_PAGES": 8, "GAP_BYTES": 20,
-                            "HELD_BYTES": 320, "AHEAD_BYTES": 160}.items():  # fmt: skip
-            patch.setattr(storage_source, name, value)
+        for name, value in {"LEAST": 16, "FIRST": 32, "RUN": 128, "GAP": 20, "TAIL": 64,
+                            "HELD": 320, "AHEAD": 160}.items():  # fmt: skip
+            patch.setattr(storage_source, f"{name}_BYTES", value)
         store = Counting(f"memory://any-{uuid.uuid4().hex}", StoreSettings())
         source, data = _open(store, size)
         ends = sorted(set(wanted))

@@ -74,7 +74,7 @@ def encoded(
 def test_schemas_hold_portable_types_and_keys_without_nulls() -> None:
     portable = {
         pa.string(), pa.bool_(), pa.int32(), pa.int64(), pa.float32(), pa.float64(),
-        pa.timestamp("us", tz="UTC"),
+        pa.timestamp("us", tz="UTC"), pa.binary(),
     }  # fmt: skip
     reserved = {"at", "end", "window", "order", "group", "start", "timestamp"}
     for name, schema in SCHEMAS.items():
@@ -83,7 +83,9 @@ def test_schemas_hold_portable_types_and_keys_without_nulls() -> None:
             assert kind in portable, (name, field)
             assert field.name not in reserved
             assert field.name not in PARTITIONS[name]
-        optional = {"of_model", "detection_id", "end_frame"} if name != "detections" else set()
+        optional = (
+            {"of_model", "detection_id", "end_frame"} if name in ("labels", "embeddings") else set()
+        )
         for column in set(UNIQUE_KEYS[name]) - optional:
             assert not schema.field(column).nullable, (name, column)
 
@@ -211,7 +213,7 @@ def test_a_chunk_is_copied_not_held() -> None:
     ("changes", "message"),
     [
         ({"n": 3, "embeddings": np.ones((3, 4), np.float32),
-          "features": np.ones((3, 2), np.float32)}, "3 answers for 2 frames"),
+          "features": np.ones((3, 2), np.float32)}, "3 answers for 2 rows"),
         ({"embeddings": np.ones((2, 5), np.float32)}, r"embeddings \(2, 5\), not \(2, 4\)"),
         ({"embeddings": np.full((2, 4), np.nan, np.float32)}, "embedding that is not finite"),
         ({"features": np.ones((2, 1), np.float32)}, r"features \(2, 1\), not \(2, 2\)"),

@@ -1,4 +1,4 @@
-"""Frames of many clips → full batches → Predictions per clip: the exact inverse of cutting.
+"""Chunks of many clips → full batches → Predictions per clip: the exact inverse of cutting.
 
     add(A, 5 rows)  add(B, 2)  add(C, 4)        batch = 8
     take   ─▶  A[0:5] B[0:2] C[0:1]             one full batch of three clips
@@ -16,22 +16,23 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from vidbatch.data import Frames, Model, Predictions
+from vidbatch.data import Chunk, Model, Predictions
 from vidbatch.errors import ModelError
-from vidbatch.models.base import join_predictions
-from vidbatch.models.runner import Answers, Piece, Runner
+from vidbatch.models.answers import join_predictions
+from vidbatch.models.runner import Answers, Runner
+from vidbatch.models.staging import Piece
 
 
 def predict_chunk(
-    models: Mapping[str, Model], frames: Frames, device: str
+    models: Mapping[str, Model], chunk: Chunk, device: str
 ) -> dict[str, Predictions | ModelError]:
-    """What loaded models say of the rows of one chunk, at once, in this thread.
+    """What loaded models say of the rows of one chunk of their kind, at once, in this thread.
 
     Returns:
         Model name → Predictions (`item` counts the rows, without the context frame), or the
         ModelError of a model that failed; the others are not touched by it.
     """
-    piece = Piece(ticket=None, frames=frames, lo=0, hi=frames.num_rows)
+    piece = Piece(ticket=None, chunk=chunk, lo=0, hi=chunk.num_rows, models=frozenset(models))
     (answers,) = Runner(tuple(models.values()), device).run([piece])
     return answers
 
@@ -40,7 +41,7 @@ def predict_chunk(
 class _Waiting:
     """A chunk that is not answered yet."""
 
-    frames: Frames
+    whole: Chunk
     models: frozenset[str] | None
     taken: int = 0
     """Rows that stand in pieces."""
@@ -50,7 +51,7 @@ class _Waiting:
     @property
     def items(self) -> int:
         """What it counts in a batch: an empty chunk counts as one, so that it is answered too."""
-        return max(self.frames.num_rows, 1)
+        return max(self.whole.num_rows, 1)
 
 
 class Batcher:
@@ -69,11 +70,15 @@ class Batcher:
         """Items that stand in no piece yet."""
         return self._items
 
-    def add(self, ticket: Hashable, frames: Frames, models: frozenset[str] | None = None) -> None:
-        """Queues a chunk for some models (None = all). Raises ValueError: the ticket is in use."""
+    def add(self, ticket: Hashable, whole: Chunk, models: frozenset[str] | None = None) -> None:
+        """Queues a chunk for some models (None = all of its kind).
+
+        Raises:
+            ValueError: the ticket is in use.
+        """
         if ticket in self._waiting:
             raise ValueError(f"ticket {ticket!r} is still waiting for its answers")
-        self._waiting[ticket] = chunk = _Waiting(frames, models)
+        self._waiting[ticket] = chunk = _Waiting(whole, models)
         self._queue.append(ticket)
         self._items += chunk.items
 
@@ -87,9 +92,9 @@ class Batcher:
             ticket = self._queue[0]
             chunk = self._waiting[ticket]
             some = min(room, chunk.items - chunk.taken)
-            lo, hi = chunk.taken, min(chunk.taken + some, chunk.frames.num_rows)
+            lo, hi = chunk.taken, min(chunk.taken + some, chunk.whole.num_rows)
             pieces.append(
-                Piece(ticket=ticket, frames=chunk.frames, lo=lo, hi=hi, models=chunk.models)
+                Piece(ticket=ticket, chunk=chunk.whole, lo=lo, hi=hi, models=chunk.models)
             )
             chunk.taken += some
             room -= some
@@ -115,7 +120,7 @@ class Batcher:
         for piece, answer in zip(pieces, answers, strict=True):
             chunk = self._waiting[piece.ticket]
             chunk.answered[piece.lo] = (piece, answer)
-            if sum(len(p) for p, _ in chunk.answered.values()) == chunk.frames.num_rows:
+            if sum(len(p) for p, _ in chunk.answered.values()) == chunk.whole.num_rows:
                 del self._waiting[piece.ticket]
                 done.append((piece.ticket, _join(chunk)))
         return done
@@ -124,7 +129,7 @@ class Batcher:
         chunk = self._waiting.get(piece.ticket)
         if chunk is None or piece.lo in chunk.answered:
             raise ValueError(f"rows [{piece.lo}, {piece.hi}) of {piece.ticket!r}: answered before")
-        if not np.array_equal(piece.keys, chunk.frames.frame_index[piece.items]):
+        if not np.array_equal(piece.keys, chunk.whole.keys[piece.lo : piece.hi]):
             raise ValueError(f"{piece.ticket!r}: the answers are of other frames than its rows")
         for name, found in answer.items():
             if isinstance(found, Predictions) and found.n != len(piece):

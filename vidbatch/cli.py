@@ -9,11 +9,14 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from vidbatch.cli_models import models_app
 from vidbatch.errors import UsageError, VidbatchError
 
 app = typer.Typer(
@@ -25,6 +28,22 @@ app = typer.Typer(
 )
 config_app = typer.Typer(help="Look at a job file without running it.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
+app.add_typer(models_app, name="models")
+
+
+class LogStyle(StrEnum):
+    """`text` for people; `json`: one object per line."""
+
+    text = "text"
+    json = "json"
+
+
+class ExitCodes(StrEnum):
+    """`all` six of them, or those that KubeRay should see."""
+
+    all = "all"
+    kuberay = "kuberay"
+
 
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", help="section.key=value; may stand several times")
@@ -36,14 +55,12 @@ OutputArg = Annotated[str, typer.Argument(help="the output folder or s3:// prefi
 def main() -> None:
     """The console script: every error of ours becomes one line and its exit code."""
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)  # an Exit comes back as its code, it is not raised
     except VidbatchError as error:
-        print(f"vidbatch: {error.message}", file=sys.stderr)
-        if error.advice and error.advice not in error.message:
-            print(f"  {error.advice}", file=sys.stderr)
+        from vidbatch.logs import say_error
+
+        say_error(error, None)
         sys.exit(error.exit_code)
-    except typer.Exit as stop:
-        sys.exit(stop.exit_code)
     except (typer.Abort, KeyboardInterrupt):
         print("vidbatch: interrupted; the same command goes on from here", file=sys.stderr)
         sys.exit(5)
@@ -54,6 +71,7 @@ def main() -> None:
             raise
         show()
         sys.exit(2)
+    sys.exit(code or 0)
 
 
 def _print_json(value: Any) -> None:
@@ -128,40 +146,82 @@ def run(
     overrides: SetOption = None,
     strict: Annotated[bool, typer.Option("--strict", help="exit 3 if anything failed")] = False,
     limit: Annotated[int | None, typer.Option(help="only the newest N videos")] = None,
+    log: Annotated[
+        LogStyle, typer.Option(envvar="VIDBATCH_LOG", help="lines on stderr")
+    ] = LogStyle.text,
+    exit_codes: Annotated[
+        ExitCodes, typer.Option(help="kuberay: not zero only where a retry is of use")
+    ] = ExitCodes.all,
     quiet: Annotated[bool, typer.Option("--quiet", "-q")] = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Runs a job to its end; the same command resumes it, or finds that nothing is to do."""
     from vidbatch.config import QuickJob
+    from vidbatch.launch import kuberay_code, run_and_show
+    from vidbatch.logs import say_error
 
-    if _is_job_file(job):
-        if output is not None or model:
-            raise UsageError(f"-o and -m go without a job file; {job} says both itself")
-        parsed = _job(job, overrides)
-    else:
-        if output is None:
-            raise UsageError(f"{job}: a folder of videos needs -o OUTPUT, or give a job file")
-        quick = QuickJob(archive=job, output=output, models=tuple(model or ("quality",)), fps=fps)
-        parsed = quick.job(overrides or ())
-    raise typer.Exit(_run(parsed, strict=strict, limit=limit, quiet=quiet, as_json=as_json))
+    try:
+        if _is_job_file(job):
+            if output is not None or model:
+                raise UsageError(f"-o and -m go without a job file; {job} says both itself")
+            parsed = _job(job, overrides)
+        else:
+            if output is None:
+                raise UsageError(f"{job}: a folder of videos needs -o OUTPUT, or give a job file")
+            models = tuple(model or ("quality",))
+            quick = QuickJob(archive=job, output=output, models=models, fps=fps)
+            parsed = quick.job(overrides or ())
+        code, stopped = run_and_show(
+            parsed, strict=strict, limit=limit, quiet=quiet, as_json=as_json, log=log
+        )
+    except VidbatchError as error:
+        say_error(error, log)
+        code, stopped = error.exit_code, None
+    raise typer.Exit(kuberay_code(code, stopped) if exit_codes == "kuberay" else code)
 
 
-def _run(
-    job: Any, *, strict: bool, limit: int | None = None, quiet: bool = False, as_json: bool = False
-) -> int:
-    from vidbatch.launch import launch
-    from vidbatch.progress import Progress
-    from vidbatch.report import summary_table
+@app.command()
+def submit(
+    job: Annotated[Path, typer.Argument(help="the job file")],
+    args: Annotated[
+        list[str] | None, typer.Argument(help="after --: options of `run`, or of the script")
+    ] = None,
+    address: Annotated[str | None, typer.Option(help="http://HOST:PORT of a Ray dashboard")] = None,
+    k8s: Annotated[
+        str | None, typer.Option(help="a manifest (- for stdin) to print a RayJob from")
+    ] = None,
+    script: Annotated[Path | None, typer.Option(help="instead of `vidbatch run`")] = None,
+    overrides: SetOption = None,
+    wait: Annotated[bool, typer.Option(help="follow the job; exit with its code")] = True,
+) -> None:
+    """Runs a job on a Ray cluster, or prints the RayJob that does."""
+    from vidbatch.submit import collect_files, entrypoint, rayjob
 
-    with Progress(quiet=quiet) as progress:
-        result = launch(job, progress=progress, strict=strict, limit=limit)
-    if as_json:
-        _print_json(result.summary)
-    elif result.run is not None and not quiet:
-        from rich.console import Console
+    if (address is None) == (k8s is None) or (k8s is not None and script is not None):
+        raise UsageError("give --address URL, or --k8s MANIFEST (its entrypoint is the script)")
+    files = collect_files(_job(str(job), overrides), script)
+    if k8s is not None:
+        try:
+            manifests = sys.stdin.read() if k8s == "-" else Path(k8s).read_text("utf-8")
+        except OSError as error:
+            raise UsageError(f"--k8s {k8s}: cannot be read: {error.strerror}") from error
+        print(rayjob(manifests, files, args or ()), end="")
+        return
+    assert address is not None
+    from vidbatch.cluster.jobs import JobClient
 
-        Console(stderr=True).print(summary_table(dict(result.summary)))
-    return result.exit_code
+    client = JobClient(address)
+    name = client.submit(entrypoint(script, args or ()), files)
+    stop = f"ray job stop {name} --address {client.address}"
+    print(f"submitted {name}; to stop it: {stop}", file=sys.stderr)
+    if not wait:
+        print(name)
+        return
+    try:
+        raise typer.Exit(client.follow(name, sys.stderr.write))
+    except KeyboardInterrupt:
+        print(f"vidbatch: {name} goes on without a watcher; to stop it: {stop}", file=sys.stderr)
+        raise typer.Exit(5) from None
 
 
 @app.command()
@@ -202,13 +262,13 @@ def retry(
     quiet: Annotated[bool, typer.Option("--quiet", "-q")] = False,
 ) -> None:
     """Runs again what failed and may succeed, as a new generation; good rows are not touched."""
-    from vidbatch.launch import last_job, plan_retries
+    from vidbatch.launch import last_job, plan_retries, run_and_show
 
     parsed = _job(job, None) if job else last_job(output, _settings(endpoint_url))
     planned = plan_retries(parsed, kinds=tuple(kind or ()))
     print(f"{planned} tasks to retry", file=sys.stderr)
     if planned:
-        raise typer.Exit(_run(parsed, strict=False, quiet=quiet))
+        raise typer.Exit(run_and_show(parsed, quiet=quiet)[0])
 
 
 @app.command()
@@ -238,6 +298,32 @@ def sweep(output: OutputArg, endpoint_url: str | None = None, as_json: JsonFlag 
 
 
 @app.command()
+def track(
+    output: OutputArg,
+    model: Annotated[str | None, typer.Option(help="the detector whose boxes are followed")] = None,
+    config: Annotated[Path | None, typer.Option(help="a tracker file")] = None,
+    appearance: Annotated[
+        str | None, typer.Option(help="the model that gives embeddings of the boxes")
+    ] = None,
+    sample: Annotated[str | None, typer.Option(help="sample=… or its beginning")] = None,
+    endpoint_url: str | None = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Links the boxes of each video to tracks, from the tables alone; a rerun takes what is new."""
+    from vidbatch.track import load_rule, report_lines
+    from vidbatch.track import track as track_boxes
+
+    found = track_boxes(
+        output, _settings(endpoint_url), rule=load_rule(config) if config else None,
+        model=model, appearance=appearance, sample=sample,
+    )  # fmt: skip
+    if as_json:
+        _print_json(asdict(found))
+    else:
+        print("\n".join(report_lines(found)))
+
+
+@app.command()
 def sql(
     output: OutputArg,
     query: Annotated[str, typer.Argument(help="a DuckDB query over the views")],
@@ -252,22 +338,6 @@ def sql(
         _print_json([dict(zip(result.columns, row, strict=True)) for row in result.rows])
     else:
         _rich(queries.result_table(result))
-
-
-@app.command()
-def models(
-    output: Annotated[str | None, typer.Argument(help="also what this output holds")] = None,
-    endpoint_url: str | None = None,
-    as_json: JsonFlag = False,
-) -> None:
-    """Shows the built-in models and adapters, and the models an output holds."""
-    from vidbatch import report
-
-    found = report.known_models(output, _settings(endpoint_url))
-    if as_json:
-        _print_json(found)
-    else:
-        _rich(report.models_table(found))
 
 
 @config_app.command("check")

@@ -19,45 +19,19 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from vidbatch.data import Sample, digest
 from vidbatch.errors import UsageError
+from vidbatch.quantities import Bytes, Rate, Seconds
 
-_UNITS_BYTES = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40,
-                "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}  # fmt: skip
-_UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 _SECRET = re.compile(
     r"(AKIA|ASIA)[A-Z0-9]{12,}|://[^/\s:@]+:[^/\s@]+@|X-Amz-(Signature|Credential)="
     r"|aws_secret_access_key|-----BEGIN [A-Z ]*PRIVATE KEY",
 )
 
 
-def parse_bytes(value: Any) -> int:
-    """`64MiB`, `2GB` or a plain number → bytes."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(value))
-    if not match or match[2].lower() not in _UNITS_BYTES:
-        raise ValueError(f"{value!r} is not a size such as 64MiB")
-    return int(Fraction(match[1]) * _UNITS_BYTES[match[2].lower()])
+def has_credential(text: str) -> bool:
+    """Whether a text holds what looks like a key, a password or a signed URL."""
+    return bool(_SECRET.search(text))
 
 
-def parse_duration_s(value: Any) -> float:
-    """`15m`, `3d`, `90s` or a number of seconds → seconds."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smhdw]?)\s*", str(value))
-    if not match:
-        raise ValueError(f"{value!r} is not a duration such as 15m or 3d")
-    return float(Fraction(match[1]) * _UNITS_S[match[2] or "s"])
-
-
-def parse_rate(value: Any) -> Fraction:
-    """A rate from the text of the YAML file: 2, 0.5, 29.97 or "30000/1001" → Fraction."""
-    if isinstance(value, bool) or not isinstance(value, int | float | str | Fraction):
-        raise ValueError(f"{value!r} is not a rate such as 2, 0.5 or 30000/1001")
-    try:  # repr of a float is the shortest text that reads back: what the user wrote
-        return Fraction(repr(value) if isinstance(value, float) else value)
-    except (ValueError, ZeroDivisionError) as error:
-        raise ValueError(f"{value!r} is not a rate such as 2, 0.5 or 30000/1001") from error
-
-
-Bytes = Annotated[int, BeforeValidator(parse_bytes)]
-Seconds = Annotated[float, BeforeValidator(parse_duration_s)]
-Rate = Annotated[Fraction, BeforeValidator(parse_rate)]
 When = Annotated[str, BeforeValidator(str)]
 Texts = Annotated[tuple[str, ...], BeforeValidator(lambda v: (v,) if isinstance(v, str) else v)]
 
@@ -176,6 +150,7 @@ class LimitsConfig(_Strict):
     max_video_hours: Annotated[float, Field(gt=0)] | None = None
     stop_after: Seconds | None = None
     max_pixels: Annotated[int, Field(ge=1)] = 134_217_728
+    max_cost: Annotated[float, Field(gt=0)] | None = None
     task_minutes: Annotated[float, Field(gt=0)] = 10.0
     attempts: Annotated[int, Field(ge=1, le=10)] = 3
     isolate: bool = True
@@ -234,6 +209,11 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
 
 
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+# YAML 1.1 reads on, off, yes and no as booleans: `on: faces` would be a key True.
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, word) for tag, word in rules if first in "tTfF" or not tag.endswith(":bool")]
+    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -278,7 +258,7 @@ def parse_job(
     for text in overrides:
         merged = _override(merged, text)
     for path, value in _leaves(merged):
-        if (isinstance(value, str) and _SECRET.search(value)) or _SECRET.search(path):
+        if (isinstance(value, str) and has_credential(value)) or has_credential(path):
             raise UsageError(
                 f"{name}: {path}: looks like a credential; nothing was started; credentials come "
                 "from the environment (profile, role, pod identity), never from this file"

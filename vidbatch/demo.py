@@ -2,7 +2,8 @@
 
 Every video is drawn here, so that each query of the demo has an answer worth reading: people
 (drawn faces that the frontal-face cascade finds) on some mornings, a lens that was covered, one
-out of focus, one frozen, a file that was cut in transfer and a text file named .mp4.
+out of focus, one frozen, one turned to another street, a microphone that went silent, a file that
+was cut in transfer and a text file named .mp4.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from vidbatch.config import parse_job
-from vidbatch.data import Pixels
-from vidbatch.media.writing import write_video
+from vidbatch.data import Pixels, Singles
+from vidbatch.media.writing import SOUND_HZ, write_video
 from vidbatch.progress import Progress
 
 Plane = npt.NDArray[np.float64]
@@ -31,7 +32,7 @@ SCENES = {
     "cam-01/2026/03/02/080000.mp4": "person",
     "cam-01/2026/03/02/200000.mp4": "covered",
     "cam-01/2026/03/03/080000.mp4": "street",
-    "cam-02/2026/03/01/090000.mp4": "street",
+    "cam-02/2026/03/01/090000.mp4": "turned",
     "cam-02/2026/03/02/090000.mp4": "person",
     "cam-02/2026/03/02/210000.mp4": "unfocused",
     "cam-02/2026/03/03/090000.mp4": "frozen",
@@ -45,7 +46,15 @@ QUESTIONS = {
         " union all select source, dt, kind, null from failures where model = 'frames'"
         " order by all"
     ),
+    "Where a camera was turned, and where its microphone heard nothing": (
+        "select source, dt, 'another picture' as what, start_s as from_s, null as seconds"
+        " from shots where start_frame > 0 union all"
+        " select source, dt, label, min(start_s), count(*) from audio where kind = 'label'"
+        " group by all order by all"
+    ),
 }
+
+MODELS = ("quality", "colour", "motion", "phash", "faces", "shots", "loudness", "silence")
 
 CUT = "cam-02/2026/03/03/230000.mp4"
 TEXT = "cam-01/2026/03/03/235900.mp4"
@@ -59,7 +68,8 @@ def make_archive(folder: Path, *, seconds: int = 8) -> list[Path]:
         paths.append(path)
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_video(path, _frames(scene, seconds * RATE_HZ, seed=i), rate=RATE_HZ)
+            frames = _frames(scene, seconds * RATE_HZ, seed=i)
+            write_video(path, frames, rate=RATE_HZ, sound=_sound(scene, seconds, seed=i))
     whole = (folder / sorted(SCENES)[0]).read_bytes()
     for name, data in ((CUT, whole[: len(whole) * 2 // 3]), (TEXT, b"not a video\n" * 20)):
         path = folder / name
@@ -89,7 +99,7 @@ def run_demo(folder: Path, *, address: str = "local") -> int:
         {
             "archive": {"uri": str(archive), "date": {"from": "key", "pattern": DATE_PATTERN}},
             "sample": {"fps": 2},
-            "models": [{"builtin": m} for m in ("quality", "colour", "phash", "faces")],
+            "models": [{"builtin": m} for m in MODELS],
             "output": {"uri": str(tables)},
             "engine": {"address": address},
         },
@@ -112,10 +122,10 @@ def run_demo(folder: Path, *, address: str = "local") -> int:
 
 def _frames(scene: str, n: int, *, seed: int) -> Iterator[Pixels]:
     rng = np.random.default_rng(seed)
-    street = _street(rng)
+    street, other = _street(rng), _street(rng)[::-1]
     for i in range(n):
         t = 0 if scene == "frozen" else i
-        light = street.copy()
+        light = (other if scene == "turned" and i >= n // 2 else street).copy()
         car = int(20 + 5 * t) % (WIDTH_PX + 60) - 60
         light[128:152, max(car, 0) : max(car + 55, 0)] = (180, 40, 40)
         if scene == "person" and n // 4 <= i < 3 * n // 4:
@@ -125,6 +135,19 @@ def _frames(scene: str, n: int, *, seed: int) -> Iterator[Pixels]:
         noise = rng.normal(0, 2, light.shape) if scene != "frozen" else 0
         frame = np.clip(light + noise, 0, 255).astype(np.uint8)
         yield _blur(frame) if scene == "unfocused" else frame
+
+
+def _sound(scene: str, seconds: int, *, seed: int) -> Singles | None:
+    """Traffic, a voice where a person is, nothing from a covered camera; no track when frozen."""
+    if scene == "frozen":
+        return None
+    rng = np.random.default_rng(seed)
+    t = np.arange(seconds * SOUND_HZ) / SOUND_HZ
+    traffic = np.convolve(rng.normal(0, 0.05, len(t)), np.full(16, 1 / 4), mode="same")
+    voice = np.sin(2 * np.pi * 180 * t) * np.sin(2 * np.pi * 3 * t) ** 2 * 0.3
+    there = (t >= seconds / 4) & (t < seconds * 3 / 4)
+    heard = traffic + voice * there if scene == "person" else traffic
+    return np.zeros(len(t), np.float32) if scene == "covered" else heard.astype(np.float32)
 
 
 def _street(rng: np.random.Generator) -> Plane:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from typing import Any, TextIO
@@ -79,6 +79,14 @@ class StageClock:
             self._charge()
             self._stack.pop()
 
+    def so_far(self) -> dict[str, float]:
+        """Seconds by stage up to now, the open stage's too; for another thread that looks on."""
+        found, stack = dict(self.seconds), tuple(self._stack)
+        if stack:
+            running = max(0.0, time.perf_counter() - self._since)
+            found[stack[-1]] = found.get(stack[-1], 0.0) + running
+        return found
+
     def _charge(self) -> None:
         now = time.perf_counter()
         if self._stack:
@@ -110,14 +118,29 @@ class Progress:
 
     Use as a context manager; `add` counts, `note` says something once, `tick` may be called
     as often as one likes.
+
+    Args:
+        log: takes (event, facts) instead of the stream, for lines that machines read.
     """
 
-    def __init__(self, *, quiet: bool = False, stream: TextIO | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        quiet: bool = False,
+        stream: TextIO | None = None,
+        log: Callable[[str, Mapping[str, Any]], None] | None = None,
+    ) -> None:
         self.counts = Counts()
         self.total_tasks = 0
         self.total_cost_s = 0.0
         self.done_cost_s = 0.0
-        self._quiet = quiet
+        self.listing: Mapping[str, Any] = {}
+        """What the survey found, in numbers."""
+        self.busy = ""
+        """What the engine's actors do, in a few words."""
+        self.ids: dict[str, str] = {}
+        """What every event is about: the run."""
+        self._quiet, self._log = quiet, log
         self._stream = stream or sys.stderr
         self._started = time.monotonic()
         self._last_line = self._started
@@ -125,7 +148,7 @@ class Progress:
         self._bar_task: Any = None
 
     def __enter__(self) -> Progress:
-        if not self._quiet and self._stream.isatty():
+        if not self._quiet and self._log is None and self._stream.isatty():
             from rich.console import Console
             from rich.progress import BarColumn, TextColumn
             from rich.progress import Progress as RichProgress
@@ -147,7 +170,7 @@ class Progress:
             self._bar.stop()
             self._bar = None
         elif not self._quiet and self.counts.tasks:
-            print(self.line(), file=self._stream, flush=True)
+            self._say_line()
 
     def expect(self, tasks: int, cost_s: float) -> None:
         """More work became known."""
@@ -161,9 +184,15 @@ class Progress:
         self.done_cost_s += cost_s
         self.tick()
 
+    def event(self, event: str, **facts: Any) -> None:
+        """Something for machines alone."""
+        if self._log is not None:
+            self._log(event, {**self.ids, **facts})
+
     def note(self, text: str) -> None:
         """One line, now."""
-        if self._quiet:
+        self.event("note", message=text)
+        if self._quiet or self._log is not None:
             return
         if self._bar is not None:
             self._bar.console.print(text, highlight=False, markup=False)
@@ -183,7 +212,13 @@ class Progress:
             now = time.monotonic()
             if now - self._last_line >= LINE_EVERY_S:
                 self._last_line = now
-                print(self.line(), file=self._stream, flush=True)
+                self._say_line()
+
+    def _say_line(self) -> None:
+        if self._log is None:
+            print(self.line(), file=self._stream, flush=True)
+        counts = self.counts.as_dict()
+        self.event("progress", message=self.line(), total_tasks=self.total_tasks, **counts)
 
     def line(self) -> str:
         """videos, frames/s, bytes read, failures, time left."""
@@ -196,4 +231,5 @@ class Progress:
             f"{c.tasks}/{self.total_tasks} tasks, {c.videos} videos, {c.frames} frames "
             f"({c.frames / max(elapsed, 1e-9):.0f}/s), {human_bytes(c.bytes_read)} read, "
             f"{c.failed} failed, {c.partial} partial{left}"
+            + (f"; {self.busy}" if self.busy else "")
         )

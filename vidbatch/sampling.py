@@ -129,7 +129,7 @@ def take(sample: Sample, ticks: Ints, time_base: Fraction, keys: Bools, end: Fra
     else:
         index = np.arange(0, len(ticks), sample.every or 1, dtype=np.int64)
     times = [int(t) * time_base for t in ticks[index]]
-    covers = [float(b - a) for a, b in zip(times, [*times[1:], end], strict=True)]
+    covers = [float(b - a) for a, b in zip(times, [*times, end][1:], strict=True)]  # also of none
     return Taken(frame_index=index, covers_s=np.array(covers, np.float64))
 
 

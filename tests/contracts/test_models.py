@@ -16,10 +16,11 @@ import torch
 
 from tests.made_frames import make_frames
 from vidbatch.data import Batch, Frames, Model, Pixels, Predictions
-from vidbatch.models.base import check_predictions
+from vidbatch.models.answers import check_predictions
 from vidbatch.models.builtin import BUILTINS
 from vidbatch.models.registry import ModelDef, create_model, resolve_model
-from vidbatch.models.runner import Piece, Runner
+from vidbatch.models.runner import Runner
+from vidbatch.models.staging import Piece
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "models"
 ENTRIES: dict[str, dict[str, Any]] = {name: {"builtin": name} for name in BUILTINS} | {
@@ -124,8 +125,8 @@ def test_an_item_does_not_depend_on_its_neighbours(model: Model) -> None:
     frames = make_frames(pictures(), [model.spec.geometry])
     runner = Runner([model])
     n = frames.num_rows
-    (whole,) = runner.run([Piece(ticket=0, frames=frames, lo=0, hi=n)])
-    parts = [Piece(ticket=i, frames=frames, lo=i, hi=i + 1) for i in range(n)]
+    (whole,) = runner.run([Piece(ticket=0, chunk=frames, lo=0, hi=n)])
+    parts = [Piece(ticket=i, chunk=frames, lo=i, hi=i + 1) for i in range(n)]
     alone = [answer[model.spec.name] for answer in runner.run(parts[::-1])][::-1]
     together = whole[model.spec.name]
     assert isinstance(together, Predictions)
@@ -199,7 +200,7 @@ def test_planning_imports_neither_torch_nor_cv2() -> None:
 @pytest.mark.gpu
 def test_a_gpu_gives_the_same(model: Model, cuda: str) -> None:
     frames = make_frames(pictures(9), [model.spec.geometry], context=True)
-    piece = Piece(ticket=0, frames=frames, lo=0, hi=frames.num_rows)
+    piece = Piece(ticket=0, chunk=frames, lo=0, hi=frames.num_rows)
     (here,) = Runner([model]).run([piece])
     runner = Runner([model], cuda)
     runner.load()

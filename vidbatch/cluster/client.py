@@ -22,7 +22,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayTaskError
 
 from vidbatch.cluster.faults import DEATHS, one_line
-from vidbatch.data import Frames, Predictions
+from vidbatch.data import Chunk, Predictions
 from vidbatch.errors import ModelError
 
 CHUNK_SHARE = 0.8
@@ -61,7 +61,7 @@ class Ticket:
     """A chunk under way."""
 
     chunk: Any
-    """ObjectRef of the Frames; None once answered, so that the store can let it go."""
+    """ObjectRef of the Chunk; None once answered, so that the store can let it go."""
     nbytes: int
     models: tuple[str, ...]
     predictor: int = -1
@@ -107,12 +107,12 @@ class PredictorPool:
         for i in range(len(self._predictors)):
             self._ask(i)
 
-    def submit(self, frames: Frames, models: tuple[str, ...]) -> Ticket:
+    def submit(self, chunk: Chunk, models: tuple[str, ...]) -> Ticket:
         """Sends a chunk; waits for the oldest ones while the credit is used up."""
-        n = frames.nbytes
+        n = chunk.nbytes
         while self._out and self._out_bytes + n > self._credit:
             self._settle(self._out[0])
-        ticket = Ticket(chunk=ray.put(frames), nbytes=n, models=models)
+        ticket = Ticket(chunk=ray.put(chunk), nbytes=n, models=models)
         self._out.append(ticket)
         self._out_bytes += n
         self._waiting(True)

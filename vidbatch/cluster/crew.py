@@ -50,6 +50,11 @@ class Crew:
         self._asked_at = self._none_since = 0.0
         self._packed: Any = None
 
+    @property
+    def stats(self) -> list[Mapping[str, Any]]:
+        """What each process did, as far as it is known."""
+        return [s for s in (*self._past, *self._stats.values()) if s]
+
     def hire(self, spec: RunSpec, pools: Pools) -> None:
         """Makes the actors, which build the models of `spec`."""
         self._packed = pack_spec(spec)
@@ -90,7 +95,7 @@ class Crew:
         for handle in self.handles:
             ray.kill(handle)
         self.handles, self.up = [], 0
-        return [s for s in (*self._past, *self._stats.values()) if s]
+        return self.stats
 
     def _ask(self, i: int, method: str, handler: Callable[..., None], *args: Any) -> None:
         call = getattr(self.handles[i], method).options(concurrency_group="control")

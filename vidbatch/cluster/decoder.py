@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +23,26 @@ import ray
 
 import vidbatch
 from vidbatch.cluster.client import PredictorPool
-from vidbatch.cluster.metrics import DecoderMetrics
-from vidbatch.data import ByteSource, Clip, DecodeEvent, DecodeLimits, Geometry, Sample, Video
+from vidbatch.cluster.metrics import Meters
+from vidbatch.data import (
+    Audio,
+    AudioEnd,
+    AudioGrid,
+    ByteSource,
+    Clip,
+    DecodeEvent,
+    DecodeLimits,
+    Geometry,
+    Sample,
+    Video,
+)
 from vidbatch.errors import InfraError
 from vidbatch.ledger import Ledger
 from vidbatch.pipeline.engine import Probed, make_decoder, probe_video
 from vidbatch.pipeline.order import ClipDecoder, RunSpec, TaskReport, WorkOrder
+from vidbatch.pipeline.reading import Sources
 from vidbatch.pipeline.task import process_task
+from vidbatch.progress import StageClock
 from vidbatch.storage import open_store
 
 ACK_S = 30.0
@@ -48,6 +63,8 @@ class Beat:
     waiting: bool = False
     """For a predictor."""
     child_restarts: int = 0
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    """By state (`metric_names.DECODER_STATES`), since the actor is up."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,12 +160,36 @@ class Counted:
         geometries: Sequence[Geometry],
         context: bool,
         limits: DecodeLimits,
+        halo: int = 0,
+        following: Clip | None = None,
     ) -> Iterator[DecodeEvent]:
         """See `ClipDecoder.decode`."""
         self._source = source
         for event in self._inner.decode(
-            source, clip, sample=sample, geometries=geometries, context=context, limits=limits
+            source,
+            clip,
+            sample=sample,
+            geometries=geometries,
+            context=context,
+            limits=limits,
+            halo=halo,
+            following=following,
         ):
+            self._events += 1
+            yield event
+
+    def audio(
+        self,
+        source: ByteSource,
+        clip: Clip,
+        *,
+        grids: Sequence[AudioGrid],
+        start_s: float,
+        limits: DecodeLimits,
+    ) -> Iterator[Audio | AudioEnd]:
+        """See `ClipDecoder.audio`."""
+        self._source = source
+        for event in self._inner.audio(source, clip, grids=grids, start_s=start_s, limits=limits):
             self._events += 1
             yield event
 
@@ -174,6 +215,7 @@ class Decoder:
     ) -> None:
         self._spec, self._length_s = spec, length_s
         self._store = open_store(spec.archive_uris[0], spec.archive_store)
+        self._sources = Sources(self._store)
         self._ledger = Ledger(open_store(spec.output_uri, spec.output_store))
         self._inner = make_decoder(spec)
         self._decoder = Counted(self.fit(self._inner))
@@ -181,7 +223,10 @@ class Decoder:
         self._pulse = Pulse(period_s)
         self._is_waiting = False
         self._predictor = PredictorPool(predictors, waiting=self._wait, **pool)
-        self._metrics = DecoderMetrics()
+        self._meters = Meters("decoder")
+        self._up_at = time.perf_counter()
+        self._hours: tuple[Counter[str], StageClock] = (Counter(), StageClock())
+        """Seconds by state of the tasks that have ended, and those of the task under work."""
 
     def fit(self, decoder: ClipDecoder) -> ClipDecoder:
         """The decoder that tasks use; a fault-injecting subclass wraps it."""
@@ -206,6 +251,8 @@ class Decoder:
                 decoder=self._decoder,
                 predictor=self._predictor,
                 watch=self._pulse,
+                clock=self._hours[1],
+                sources=self._sources,
             )
         except DroppedError:
             return None
@@ -219,8 +266,13 @@ class Decoder:
         finally:
             self._predictor.forget()
             self._pulse.end()
-        self._metrics.count(report)
+            past, clock = self._hours
+            self._hours = (past + Counter(clock.seconds), StageClock())
         return report
+
+    def prepare(self, clip: Clip) -> None:
+        """Fetches the first bytes of a clip whose task is queued. Group: control."""
+        self._sources.prepare(clip)
 
     def probe(self, video: Video) -> Probed:
         """Reads the headers of a video. Group: probe."""
@@ -235,7 +287,7 @@ class Decoder:
             seen: seq of the newest beat the driver has.
             drop: the run is being stopped: from now on only commits that have begun go on.
         """
-        return self._pulse.now(
+        beat = self._pulse.now(
             seen,
             drop,
             self._decoder.moved + self._predictor.answered,
@@ -243,6 +295,13 @@ class Decoder:
             self._inner.restarts,
             wait and not drop,
         )
+        past, clock = self._hours
+        seconds: dict[str, float] = dict(past + Counter(clock.so_far()))
+        whole_s = time.perf_counter() - self._up_at
+        seconds["idle"] = max(0.0, whole_s - sum(seconds.values()))
+        if wait:  # this thread alone tells
+            self._meters.add_states("vidbatch_decoder_seconds_total", seconds)
+        return replace(beat, seconds=seconds)
 
     def _wait(self, on: bool) -> None:
         self._is_waiting = on

@@ -27,22 +27,21 @@ from vidbatch.cluster.crew import Crew
 from vidbatch.cluster.decoder import Beat, Decoder, Fault, TaskEnd
 from vidbatch.cluster.faults import DEATHS, is_node_loss, is_unclear, one_line
 from vidbatch.cluster.inbox import Inbox
-from vidbatch.cluster.metrics import attribute
 from vidbatch.cluster.orders import Returned
 from vidbatch.cluster.pools import Pools, make_decoder_actor, plan_pools, start_ray
 from vidbatch.cluster.predictor import Predictor
 from vidbatch.cluster.probing import probe_videos
 from vidbatch.cluster.slots import Flight, Slot
+from vidbatch.cluster.telling import Telling
 from vidbatch.config import Job
 from vidbatch.data import Video
 from vidbatch.errors import ClusterError
 from vidbatch.pipeline.engine import Probed, Supply
 from vidbatch.pipeline.order import RunSpec, TaskReport, WorkOrder
-from vidbatch.progress import human_s
+from vidbatch.progress import Progress, human_s
 
 HALT_S = 60.0
 """For commits under way when the run is stopped."""
-
 SUPPLY_S = 0.05
 """Between two looks at a supply that had nothing: it does not say when it has."""
 
@@ -61,6 +60,8 @@ class RayEngine:
     decoder_class: type[Decoder] = Decoder
     predictor_class: type[Predictor] = Predictor
     """The actors; tests inject faults by subclasses."""
+    progress: Progress | None = None
+    """Shown as metrics; is told in turn what the actors do."""
 
     def __init__(self, spec: RunSpec, job: Job, *, note: Callable[[str], None]) -> None:
         self._spec, self._job, self._note = spec, job, note
@@ -71,6 +72,7 @@ class RayEngine:
         self._returned = Returned(spec.attempts)
         self._crew = Crew(self._inbox.on, note, self.predictor_class)
         self._pools: Pools | None = None
+        self._telling = Telling(self._slots, self._crew)
         self._args: tuple[Any, ...] = ()
         self._deaths = self._fruitless = 0
         """Decoders lost: all, and since the last sign that anything gets done."""
@@ -111,7 +113,7 @@ class RayEngine:
         pool = {"device": pools.device, "credit": pools.credit_bytes, "wait_s": engine.wait_s}
         spec = replace(self._spec, models=())  # without the models' files
         self._args = (spec, self._job.clips.length_s, self._crew.handles, pools.beat_s, pool)
-        self._slots = [Slot(index=i) for i in range(pools.decoders)]
+        self._slots.extend(Slot(index=i) for i in range(pools.decoders))
         for slot in self._slots:
             self._hire(slot)
         if pools.predictors:
@@ -235,10 +237,7 @@ class RayEngine:
         self._hungry.extendleft(reversed(idle))
 
     def _send(self, slot: Slot, order: WorkOrder) -> None:
-        flight = Flight(order)
-        if not slot.flights:
-            slot.moved_at = time.monotonic()
-        slot.flights.append(flight)
+        flight = slot.take_on(order)
         careful = order.attempt > 1 or self._spec.attempts == 1
         ref = slot.handle.run_task.remote(order, careful)
         self._inbox.on(ref, self._task_ended, slot, slot.handle, flight)
@@ -261,6 +260,7 @@ class RayEngine:
         if isinstance(end, TaskReport):
             self._fruitless = 0
             self._returned.done(end.task_id)
+            self._telling.count(end)
             return end
         if end is not None and not self._halted:
             if isinstance(end, Fault):
@@ -351,6 +351,7 @@ class RayEngine:
                 kind="no_actors",
             )
         self._crew.tick()
+        self._telling.tick(self._deaths, self.progress)
 
     def _step(self, timeout_s: float) -> Iterator[TaskReport]:
         """Waits for an answer and takes in all there are; yields the reports among them."""
@@ -388,8 +389,8 @@ class RayEngine:
                 slot.vacate()
             stats = self._crew.dismiss()
             facts["predictor_restarts"] = self._crew.restarts
-            if self._pools is not None and self._pools.predictors:
-                facts |= attribute(stats, self._pools.device)
+            if self._pools is not None:
+                facts |= self._telling.facts(stats, self._pools.device)
             if self._owns_ray:
                 ray.shutdown()
                 self._owns_ray = False

@@ -1,125 +1,129 @@
-"""What Prometheus sees of decoders and predictors, and why predictors were idle.
+"""What Prometheus sees, through Ray's agent on each node; the names are in `metric_names`.
 
-Labels are few and bounded: an outcome, a state, never a key. Ray exports the metrics with the
-prefix `ray_` on each node's metrics port; without Ray's dashboard agent they go nowhere.
+Labels are few and bounded: an outcome, a state, never a key. Without Ray's dashboard agent the
+numbers go nowhere.
 """
 
 from __future__ import annotations
 
 from collections import Counter as Tally
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from ray.util.metrics import Counter, Gauge
 
+from vidbatch.cluster.metric_names import MAX_VALUES, METRICS
 from vidbatch.pipeline.order import TaskReport
-
-STATES = ("compute", "starved", "uploading", "collating", "loading")
-"""Where the seconds of a predictor's compute thread go."""
+from vidbatch.progress import Progress
 
 
-class DecoderMetrics:
-    """Counted once per task, in the decoder."""
+class Meters:
+    """The metrics that one role tells. For one thread, after Ray is joined."""
+
+    def __init__(self, role: str) -> None:
+        self._meters = {
+            name: (Counter if m.kind == "counter" else Gauge)(name, m.help, tuple(m.labels))
+            for name, m in METRICS.items()
+            if m.told_by == role
+        }
+        self._seen: dict[str, set[str]] = {}
+        self._told: dict[tuple[str, str], float] = {}
+
+    def add(self, name: str, value: float = 1, **labels: str) -> None:
+        """Counts `value` more; nothing where it is not above zero."""
+        if value > 0:
+            self._meters[name].inc(value, self._bounded(name, labels))
+
+    def set(self, name: str, value: float, **labels: str) -> None:
+        """The value of a gauge now."""
+        self._meters[name].set(value, self._bounded(name, labels))
+
+    def add_states(self, name: str, totals: Mapping[str, float]) -> None:
+        """Counts seconds by state, given their totals since the process began."""
+        for state, total in totals.items():
+            told = self._told.get((name, state), 0.0)
+            if total > told:
+                self.add(name, total - told, state=state)
+                self._told[name, state] = total
+
+    def _bounded(self, name: str, labels: Mapping[str, str]) -> dict[str, str]:
+        known = METRICS[name].labels
+        if labels.keys() != known.keys():
+            raise ValueError(f"{name} has the labels {sorted(known)}, got {sorted(labels)}")
+        found = {}
+        for label, value in labels.items():
+            if known[label]:
+                fits = value in known[label]
+            else:
+                seen = self._seen.setdefault(f"{name}.{label}", set())
+                fits = value in seen or len(seen) < MAX_VALUES
+                if fits:
+                    seen.add(value)
+            found[label] = value if fits else "other"
+        return found
+
+
+class DriverMeters(Meters):
+    """What the driver tells: work done, work left, and in the end how the run went."""
 
     def __init__(self) -> None:
-        self._clips = Counter(
-            "vidbatch_clips_total", "Outcomes (clip x output) by how they ended", ("outcome",)
-        )
-        self._tasks = Counter(
-            "vidbatch_outputs_total", "Outputs of tasks by how they were committed", ("state",)
-        )
-        self._plain = {
-            name: Counter(f"vidbatch_{name}_total", text)
-            for name, text in (
-                ("frames_decoded", "Frames decoded"),
-                ("frames_written", "Sampled frames that became rows"),
-                ("bytes_read", "Bytes read from the archive"),
-                ("gets", "Requests to the archive"),
-                ("bytes_written", "Bytes of part files written"),
-                ("puts", "Objects written"),
-            )
-        }
-        self._seconds = Counter(
-            "vidbatch_decoder_seconds_total", "Seconds of decoders by stage", ("stage",)
-        )
+        super().__init__("driver")
 
     def count(self, report: TaskReport) -> None:
         """Adds what a task amounted to."""
         c = report.counts
+        self.add("vidbatch_tasks_total")
         for outcome, n in (
             ("ok", c.ok),
             ("partial", c.partial),
             ("failed_outside", c.failed_outside),
             ("failed_file", c.failed - c.failed_outside),
         ):
-            if n:
-                self._clips.inc(n, {"outcome": outcome})
+            self.add("vidbatch_clips_total", n, outcome=outcome)
         for state, n in Tally(report.committed.values()).items():
-            self._tasks.inc(n, {"state": state})
-        values = {"frames_decoded": c.frames_decoded, "frames_written": c.frames, "gets": c.gets}
-        values |= {"bytes_read": c.bytes_read, "bytes_written": c.bytes_written, "puts": c.puts}
-        for name, value in values.items():
-            if value:
-                self._plain[name].inc(value)
-        for stage, seconds in c.stage_s.items():
-            if seconds > 0:
-                self._seconds.inc(seconds, {"stage": stage})
+            self.add("vidbatch_outputs_total", n, state=state)
+        for kind, n in Tally(failure[2] for failure in report.failures).items():
+            self.add("vidbatch_failures_total", n, kind=kind)
+        for name, value in {
+            "frames_decoded": c.frames_decoded, "frames_written": c.frames,
+            "video_seconds": c.video_s, "bytes_read": c.bytes_read, "gets": c.gets,
+            "bytes_written": c.bytes_written, "puts": c.puts,
+        }.items():  # fmt: skip
+            self.add(f"vidbatch_{name}_total", value)
+
+    def show(self, progress: Progress, actors: Mapping[str, tuple[int, int]]) -> None:
+        """What is left to do; `actors` is role → (up, wanted)."""
+        self.set("vidbatch_backlog_tasks", progress.total_tasks - progress.counts.tasks)
+        left_s = max(0.0, progress.total_cost_s - progress.done_cost_s)
+        self.set("vidbatch_backlog_seconds", left_s)
+        self.show_listing(progress.listing)
+        for role, (up, wanted) in actors.items():
+            self.set("vidbatch_actors", up, role=role, state="up")
+            self.set("vidbatch_actors", wanted, role=role, state="wanted")
+
+    def show_listing(self, listing: Mapping[str, Any]) -> None:
+        """What the survey found, and when the last good run ended."""
+        for state, fact in (("listed", "videos"), ("new", "new")):
+            if fact in listing:
+                self.set("vidbatch_videos", listing[fact], state=state)
+        if listing.get("last_success_s"):
+            self.set("vidbatch_last_success_timestamp_seconds", listing["last_success_s"])
 
 
-class PredictorMetrics:
-    """Counted once per batch, in the predictor."""
+class PredictorMeters(Meters):
+    """What a predictor tells: `count` from the thread that computes, `show` from the one asked."""
 
     def __init__(self) -> None:
-        self._frames = Counter("vidbatch_frames_predicted_total", "Frames that went through models")
-        self._seconds = Counter(
-            "vidbatch_predictor_seconds_total", "Seconds of predictors by state", ("state",)
-        )
-        self._fill = Gauge("vidbatch_batch_fill_ratio", "Frames of the last batch / a full batch")
-        self._idle = Gauge("vidbatch_predictor_idle_ratio", "Share of all seconds not in compute")
-        self._queue = Gauge("vidbatch_predictor_queue_frames", "Frames waiting for a batch")
-        self._told: dict[str, float] = {}
+        super().__init__("predictor")
 
-    def count(self, *, frames: int, fill: float, queued: int, seconds: Mapping[str, float]) -> None:
-        """Adds a batch; `seconds` are the states' totals so far."""
-        if frames:
-            self._frames.inc(frames)
-        self._fill.set(fill)
-        self._queue.set(queued)
-        for state, total in seconds.items():
-            if (more := total - self._told.get(state, 0.0)) > 0:
-                self._seconds.inc(more, {"state": state})
-                self._told[state] = total
-        whole = sum(seconds.values())
-        if whole > 0:
-            self._idle.set(1 - seconds.get("compute", 0.0) / whole)
+    def count(self, *, frames: int, fill: float, queued: int) -> None:
+        """Adds a batch."""
+        self.add("vidbatch_frames_predicted_total", frames)
+        self.set("vidbatch_batch_fill_ratio", fill)
+        self.set("vidbatch_predictor_queue_frames", queued)
 
-
-def attribute(stats: Sequence[Mapping[str, Any]], device: str) -> dict[str, Any]:
-    """Seconds of all predictors by state, and the sentence that follows from them.
-
-    Args:
-        stats: of each predictor, what `Predictor.stats` gave; loading does not count as idle.
-    """
-    seconds = {s: round(sum(p["seconds"].get(s, 0.0) for p in stats), 3) for s in STATES}
-    working = sum(v for s, v in seconds.items() if s != "loading")
-    share = {s: v / working if working else 0.0 for s, v in seconds.items()}
-    who = "GPUs" if device == "cuda" else "predictors"
-    if not working:
-        sentence = "no model was run"
-    elif share["starved"] >= 0.2:
-        sentence = (
-            f"{who} starved {share['starved']:.0%}: decoders are the limit; more CPUs or "
-            "sample.tolerance_s would fill them"
-        )
-    elif share["collating"] + share["uploading"] >= 0.2:
-        moved = share["collating"] + share["uploading"]
-        sentence = f"{who} waited {moved:.0%} for frames to be copied: larger batches would help"
-    else:
-        sentence = f"{who} busy {share['compute']:.0%}: they are the limit; more of them would help"
-    return {
-        "predictor_seconds": seconds,
-        "frames": sum(p["frames"] for p in stats),
-        "batches": sum(p["batches"] for p in stats),
-        "batches_halved": sum(p["halved"] for p in stats),
-        "sentence": sentence,
-    }
+    def show(self, seconds: Mapping[str, float]) -> None:
+        """The states' totals so far."""
+        self.add_states("vidbatch_predictor_seconds_total", seconds)
+        if (whole := sum(seconds.values())) > 0:
+            self.set("vidbatch_predictor_idle_ratio", 1 - seconds.get("compute", 0.0) / whole)

@@ -24,14 +24,17 @@ import ray
 
 import vidbatch
 from vidbatch.batching import Batcher
-from vidbatch.cluster.metrics import STATES, PredictorMetrics
-from vidbatch.data import Frames
+from vidbatch.cluster.metric_names import PREDICTOR_STATES
+from vidbatch.cluster.metrics import PredictorMeters
+from vidbatch.data import Chunk
 from vidbatch.errors import ModelError, VidbatchError
 from vidbatch.models.registry import ModelDef, create_model
-from vidbatch.models.runner import Piece, Runner
+from vidbatch.models.runner import Runner
+from vidbatch.models.staging import Piece
 
 if TYPE_CHECKING:
-    from vidbatch.models.runner import Answers, Staged
+    from vidbatch.models.runner import Answers
+    from vidbatch.models.staging import Staged
 
 STRAGGLER_S = 0.004
 """A chunk of the same moment from another decoder arrives within it; decoding one takes longer."""
@@ -74,14 +77,16 @@ class Predictor:
         """When the oldest frame in the batcher came."""
         self._begun = 0.0
         """When the batch under work began."""
+        self._waits_since = 0.0
+        """Since when the compute thread has nothing; 0: it has something."""
         self._waiting: dict[int, Callable[[Answers], Any]] = {}
         self._tickets = count()
         self._alone = asyncio.Lock()
         self._error: VidbatchError | None = None
         self._loaded = threading.Event()
-        self._seconds = dict.fromkeys(STATES, 0.0)
+        self._seconds = dict.fromkeys(PREDICTOR_STATES, 0.0)
         self._frames = self._batches = 0
-        self._metrics = PredictorMetrics()
+        self._meters = PredictorMeters()
         for work in (self._load, self._stage):
             threading.Thread(target=work, name=work.__name__, daemon=True).start()
 
@@ -101,12 +106,12 @@ class Predictor:
             "version": vidbatch.__version__,
         }
 
-    async def predict(self, frames: Frames, models: tuple[str, ...]) -> bytes:
+    async def predict(self, chunk: Chunk, models: tuple[str, ...]) -> bytes:
         """Pickled `Answers` for a chunk: in one piece, so that none of it stays in the store."""
-        return pickle.dumps(await self._answers(frames, models), protocol=5)
+        return pickle.dumps(await self._answers(chunk, models), protocol=5)
 
     async def predict_alone(
-        self, frames: Frames, models: tuple[str, ...]
+        self, chunk: Chunk, models: tuple[str, ...]
     ) -> AsyncIterator[bytes | None]:
         """A chunk that was here when a predictor died: nothing else runs beside it.
 
@@ -118,7 +123,7 @@ class Predictor:
                 yield None
                 await asyncio.sleep(BEGUN_S)
                 piece = Piece(
-                    ticket=0, frames=frames, lo=0, hi=frames.num_rows, models=frozenset(models)
+                    ticket=0, chunk=chunk, lo=0, hi=chunk.num_rows, models=frozenset(models)
                 )
                 (answers,) = await asyncio.to_thread(self._run, [piece])
             finally:
@@ -133,8 +138,12 @@ class Predictor:
     async def stats(self) -> dict[str, Any]:
         """Seconds by state, counts, and for how long the batch under work has been."""
         runner = self._runner
+        seconds = dict(self._seconds)
+        if (since := self._waits_since) and not self._staging:
+            seconds["starved"] += time.monotonic() - since
+        self._meters.show(seconds)
         return {
-            "seconds": dict(self._seconds),
+            "seconds": seconds,
             "frames": self._frames,
             "batches": self._batches,
             "halved": runner.halved if runner else 0,
@@ -142,7 +151,7 @@ class Predictor:
             "pid": os.getpid(),
         }
 
-    async def _answers(self, frames: Frames, models: tuple[str, ...]) -> Answers:
+    async def _answers(self, chunk: Chunk, models: tuple[str, ...]) -> Answers:
         loop = asyncio.get_running_loop()
         answered: asyncio.Future[Answers] = loop.create_future()
         ticket = next(self._tickets)
@@ -154,7 +163,7 @@ class Predictor:
         with self._more:
             if not len(self._batcher):
                 self._since = time.monotonic()
-            self._batcher.add(ticket, frames, frozenset(models))
+            self._batcher.add(ticket, chunk, frozenset(models))
             self._more.notify_all()
         return await answered
 
@@ -226,12 +235,14 @@ class Predictor:
 
     def _compute_one(self) -> None:
         before, copied = time.monotonic(), self._copied()
+        self._waits_since = before
         with self._more:
             while self._staged is None:
                 self._more.wait()
             staged, self._staged = self._staged, None
             self._computing, self._begun = True, time.monotonic()
             self._more.notify_all()
+        self._waits_since = 0.0
         self._charge_wait(self._begun - before, copied)
         rows = sum(len(p) for p in staged.pieces)
         self._scatter(staged.pieces, self._run_staged(staged))
@@ -243,7 +254,7 @@ class Predictor:
             queued = len(self._batcher)
             self._more.notify_all()
         fill = rows / self._batcher.batch
-        self._metrics.count(frames=rows, fill=fill, queued=queued, seconds=self._seconds)
+        self._meters.count(frames=rows, fill=fill, queued=queued)
 
     def _run(self, pieces: list[Piece]) -> list[Answers]:
         try:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import deque
+import time
+from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,6 +51,8 @@ class Slot:
     """Since when its actor does not answer."""
     past_restarts: int = 0
     """Of decoder processes, under actors before this one."""
+    past_seconds: Counter[str] = field(default_factory=Counter)
+    """By state, of actors before this one."""
 
     @property
     def has_room(self) -> bool:
@@ -57,6 +60,11 @@ class Slot:
         if not self.ready or len(self.flights) > 1:
             return False
         return not self.flights or self.flights[0].order.task.cost_s <= SHORT_TASK_S
+
+    @property
+    def seconds(self) -> Counter[str]:
+        """By state, of all its actors as far as was heard."""
+        return self.past_seconds + Counter(self.beat.seconds)
 
     @property
     def committing(self) -> bool:
@@ -84,6 +92,17 @@ class Slot:
             self.missing_since, self.ready = now, False
         return now - self.missing_since > VERDICT_S
 
+    def take_on(self, order: WorkOrder) -> Flight:
+        """An order goes to its actor, which prepares for it while another one is under work."""
+        if not self.flights:
+            self.moved_at = time.monotonic()
+        else:
+            call = self.handle.prepare.options(concurrency_group="control", num_returns=0)
+            call.remote(order.task.clips[0])
+        flight = Flight(order)
+        self.flights.append(flight)
+        return flight
+
     def hear(self, beat: Beat, now: float) -> None:
         """Takes in a beat; waiting for a predictor is nobody's standstill."""
         if beat.waiting or (beat.seq, beat.moved) != (self.beat.seq, self.beat.moved):
@@ -93,6 +112,7 @@ class Slot:
     def occupy(self, handle: Any) -> None:
         """A new actor takes the place; it is not up yet."""
         self.past_restarts += self.beat.child_restarts
+        self.past_seconds = self.seconds
         self.handle, self.ready, self.asking, self.beat = handle, False, False, Beat(seq=0)
         self.missing_since = None
 

@@ -212,16 +212,18 @@ def fit_box(geometry: Geometry, width_px: int, height_px: int) -> tuple[int, int
         crop       398 224  87 0    the short side fits, the centre is cut
         letterbox  224 126   0 0    the long side fits, content top-left, padded right and below
 
-    The free side is rounded half up, to at least 1 px.
+    The free side is rounded down in a crop, as the processors of vision models do, and half up, to
+    at least 1 px, in a letterbox.
     """
     w, h = geometry.width_px, geometry.height_px
     if geometry.fit == "stretch":
         return w, h, 0, 0
-    wider = width_px * h >= height_px * w
-    if wider == (geometry.fit == "letterbox"):  # the width fits, the height follows
-        scaled_w, scaled_h = w, max(1, (2 * height_px * w + width_px) // (2 * width_px))
+    letterbox = geometry.fit == "letterbox"
+    half_w, half_h = (width_px, height_px) if letterbox else (0, 0)
+    if (width_px * h >= height_px * w) == letterbox:  # the width fits, the height follows
+        scaled_w, scaled_h = w, max(1, (2 * height_px * w + half_w) // (2 * width_px))
     else:
-        scaled_w, scaled_h = max(1, (2 * width_px * h + height_px) // (2 * height_px)), h
-    if geometry.fit == "letterbox":
+        scaled_w, scaled_h = max(1, (2 * width_px * h + half_h) // (2 * height_px)), h
+    if letterbox:
         return scaled_w, scaled_h, 0, 0
     return scaled_w, scaled_h, (scaled_w - w) // 2, (scaled_h - h) // 2

@@ -20,10 +20,24 @@ from vidbatch.decode.pixels import Scaler, orientation
 from vidbatch.decode.planned import Plan, Planned, number_packets
 from vidbatch.decode.rows import RowBuffer
 from vidbatch.decode.skipping import decode_wanted
-from vidbatch.decode.tally import IndexMismatchError, Selection, Shown, SkippingFailedError, Tally
+from vidbatch.decode.tally import (
+    ContextLostError,
+    IndexMismatchError,
+    Selection,
+    Shown,
+    SkippingFailedError,
+    Tally,
+)
 from vidbatch.decode.verdict import gather, judge, nothing_decoded
 from vidbatch.errors import MediaError
-from vidbatch.media import OpenVideo, PacketTable, inspector, open_video, read_packet_table
+from vidbatch.media import (
+    OpenVideo,
+    PacketTable,
+    inspector,
+    open_video,
+    promised_packets,
+    read_packet_table,
+)
 from vidbatch.sampling import Clock, Sampler
 
 
@@ -35,6 +49,8 @@ def decode_clip(
     geometries: Sequence[Geometry],
     context: bool,
     limits: DecodeLimits,
+    halo: int = 0,
+    following: Clip | None = None,
 ) -> Iterator[DecodeEvent]:
     """Decodes one clip: yields one VideoInfo, then Frames in display order, then one ClipEnd.
 
@@ -45,6 +61,9 @@ def decode_clip(
         geometries: One array per distinct one; none gives rows without pixels.
         context: Whether each chunk but the video's first begins with the sampled frame before it.
         limits: Bounds of one chunk and of one picture.
+        halo: Sampled frames after the clip's end that come too, as far as the video goes.
+        following: The clip of this video that is decoded next, if one is: its first bytes are
+            wanted behind those of this one.
 
     Raises:
         MediaError: no row can come of this clip (kinds in `media`, and `index_mismatch`).
@@ -57,11 +76,21 @@ def decode_clip(
             kind="index_mismatch",
             advice="plan the video again",
         )
-    rows = RowBuffer(Scaler(geometries), limits, first=clip.start_frame, context=context)
-    plan = None if table is None else Plan(table, clip, sample, context)
+    plan = None if table is None else Plan(table, clip, sample, context, halo)
+    rows = RowBuffer(
+        Scaler(geometries),
+        limits,
+        first=clip.start_frame,
+        context=context,
+        end=plan.end_frame if plan and halo else None,
+        ordinals=plan.ordinals if plan else None,
+    )
     skip, fallback = True, None
     while True:
+        source.want(plan.extents(source.size_bytes, following, skip=skip) if plan else [])
         with open_video(source, max_pixels=limits.max_pixels) as video:
+            if plan is None:
+                source.want([(0, source.size_bytes)])  # now that it is a video: in order, all of it
             work = _Pass(source, video, sample, rows, plan)
             try:
                 yield from work.skipping() if skip else work.in_order()
@@ -71,6 +100,9 @@ def decode_clip(
                 if not (error.by_codec and sample.kind == "all"):
                     fallback = str(error)
                 skip = False
+            except ContextLostError:
+                if plan is not None and not plan.look_back():
+                    plan.context = []
             except IndexMismatchError as error:
                 if not clip.whole or plan is None:
                     raise MediaError(
@@ -79,7 +111,7 @@ def decode_clip(
                         advice="nothing: the file contradicts itself",
                     ) from error
                 plan, skip, fallback = None, True, "packets are not where the index says"
-        rows.start_over()
+        rows.start_over(planned=plan is not None)
 
 
 _latest: tuple[tuple[str, int], PacketTable] | None = None
@@ -119,9 +151,7 @@ class _Pass:
         self._inspector = inspector(video.codec, video.stream.codec_context.extradata)
         self._upright: tuple[int, int, int] | None = None
         self._start_pts = None if plan is None else plan.origin_pts
-        self._expected = (
-            None if plan is not None else ((video.is_mp4 and video.stream.frames) or None)
-        )
+        self._expected = None if plan is not None else promised_packets(source, video)
 
     def skipping(self) -> Iterator[DecodeEvent]:
         """Decodes what rows need. Raises SkippingFailedError."""
@@ -154,8 +184,9 @@ class _Pass:
     def in_order(self) -> Iterator[DecodeEvent]:
         """Decodes everything from the first packet of the video to the last of the clip."""
         plan = self._plan
-        places = TablePlaces(plan.table, plan.end_frame) if plan else CountedPlaces()
-        packets = slice(0, plan.packets.stop) if plan else None
+        inspect, _ = self._inspector
+        places = TablePlaces(plan.table, plan.last_frame) if plan else CountedPlaces(inspect)
+        packets = slice(0, plan.stop) if plan else None
         selection, clock = self._start(0)
         numbered = number_packets(self._video, plan.table if plan else None, packets)
         held: dict[int, Shown] = {}
@@ -168,9 +199,11 @@ class _Pass:
             yield from self._rows.chunks()
         for index in selection.finish(clock.largest + clock.frame_s):
             yield from self._row(held[index])
-        if self._video.is_mp4 and self._inspector[0] is not None:
-            tally = self._tally
+        tally = self._tally
+        if self._video.is_mp4 and inspect is not None:
             tally.silent = max(0, tally.shown - tally.frames - tally.errors)
+        elif isinstance(places, CountedPlaces):
+            tally.silent = max(0, len(places.due) - tally.errors)
         self._rows.settle(selection.settle())
 
     def _start(self, first: int) -> tuple[Selection, Clock]:
@@ -187,6 +220,9 @@ class _Pass:
             if self._start_pts is None and shown.index == 0:
                 self._start_pts = shown.pts
             yield self._info()
+        plan = self._plan
+        if plan and plan.context and frame is not None and shown.index >= plan.first_frame:
+            self._rows.require_context()
         self._rows.add(shown, self._tally)
 
     def _info(self) -> VideoInfo:
@@ -205,7 +241,7 @@ class _Pass:
             whole=plan is None,
             clock=clock,
         )
-        if not self._rows.found and (plan is None or plan.covers):
+        if not self._rows.found and (plan is None or plan.rows):
             raise nothing_decoded(evidence, self._video.codec)
         if not self._rows.consistent:
             raise MediaError(
@@ -233,4 +269,5 @@ class _Pass:
             decode_errors=tally.errors,
             corrupt_frames=tally.corrupt,
             fallback=fallback,
+            samples=self._rows.samples,
         )

@@ -8,22 +8,29 @@ table's. Without one it is the number of places before, and a packet that silent
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Protocol
 
 import av
 from av.video.frame import VideoFrame
 
-from vidbatch.decode.tally import IndexMismatchError, Mark, NumberedPackets, Shown, Tally
-from vidbatch.media import OpenVideo, PacketTable
+from vidbatch.decode.tally import (
+    IndexMismatchError,
+    Mark,
+    NumberedPackets,
+    Shown,
+    Tally,
+    VideoPacket,
+)
+from vidbatch.media import EntryRefusedError, Inspector, OpenVideo, PacketTable
 from vidbatch.sampling import Clock
 
 
 class Places(Protocol):
     """Gives places to frames as they come out, in display order."""
 
-    def sent(self, mark: Mark) -> None:
+    def sent(self, mark: Mark, packet: VideoPacket) -> None:
         """Takes note: this packet goes into the decoder."""
         ...
 
@@ -41,46 +48,68 @@ class Places(Protocol):
 
 
 class CountedPlaces:
-    """Places without a packet table: as many as there were frames and failed packets before."""
+    """Places without a packet table: those of the frames that come out and of failed packets.
 
-    def __init__(self) -> None:
+    A packet that gives no frame in silence has a place only if it comes after one that the decoder
+    failed on. Before the first frame all have, if it is the first picture that was damaged.
+
+    Args:
+        inspect: Where each packet is one picture: knows those that are not shown.
+    """
+
+    def __init__(self, inspect: Inspector | None) -> None:
+        self._inspect = inspect
         self._next = 0
-        self._failed: dict[int, Mark] = {}
-        self._order: list[tuple[bool, int, int]] = []
-        self._leading: list[Mark] | None = []
+        self._failed = set[int]()
+        self._holes = set[int]()
+        self._waiting: dict[int, Mark] = {}
+        self.due = set[int]()
+        """Packets each of which is a picture that has to be shown and was not so far."""
 
-    def sent(self, mark: Mark) -> None:
-        """Keeps what goes in until the first frame is out."""
-        if self._leading is not None:
-            self._leading.append(mark)
+    def sent(self, mark: Mark, packet: VideoPacket) -> None:
+        """Waits for its frame, if it is a picture that is shown."""
+        facts = None
+        if self._inspect is not None:
+            with suppress(EntryRefusedError):
+                facts = self._inspect(bytes(packet))
+        if not packet.is_discard and (facts is None or facts.shown):
+            self._waiting[mark.number] = mark
+            if facts is not None and not facts.leading:
+                self.due.add(mark.number)
 
     def failed(self, mark: Mark) -> None:
-        """Keeps a packet that may turn out to be a hole."""
-        self._failed[mark.number] = mark
-        heapq.heappush(self._order, _display(mark))
+        """What follows it may be lost with it."""
+        self._failed.add(mark.number)
 
-    def came(self, mark: Mark) -> list[tuple[int, Mark]]:
-        """Failed packets that should have been shown before this one, then this one."""
-        self._failed.pop(mark.number, None)
-        holes = []
-        while self._order:
-            failed = self._failed.get(self._order[0][-1])
-            if failed is not None and not _before(failed, mark):
-                break
-            heapq.heappop(self._order)
-            if failed is not None:
-                holes.append(self._failed.pop(failed.number))
-        if self._leading is not None:
-            if holes:
-                # Nothing came out because the first picture was damaged: all were to be shown.
-                holes = [m for m in self._leading if m.number != mark.number and _before(m, mark)]
-                holes.sort(key=_display)
-            self._leading = None
-        return self._places([*holes, mark])
+    def came(self, mark: Mark) -> list[tuple[int, Mark]] | None:
+        """What was lost of the pictures shown before this one, then this one."""
+        if mark.number in self._holes:
+            return None
+        self._waiting.pop(mark.number, None)
+        self.due.discard(mark.number)
+        passed = [m for m in self._waiting.values() if _before(m, mark)]
+        for lost in passed:
+            del self._waiting[lost.number]
+        taken = self._taken(passed)
+        self._holes.update(m.number for m in taken)
+        if not self._next and not taken:
+            self.due = {n for n in self.due if n > mark.number}
+        return self._places([*taken, mark])
 
     def rest(self) -> list[tuple[int, Mark]]:
-        """Failed packets after the last frame."""
-        return self._places(sorted(self._failed.values(), key=_display))
+        """What was lost after the last frame."""
+        return self._places(self._taken(list(self._waiting.values())))
+
+    def _taken(self, passed: list[Mark]) -> list[Mark]:
+        started = self._next > 0
+        lost = [
+            m.number
+            for m in passed
+            if m.number in self._failed or (not started and m.key and self._inspect is not None)
+        ]
+        if not lost:
+            return []
+        return sorted((m for m in passed if not started or m.number >= min(lost)), key=_display)
 
     def _places(self, marks: list[Mark]) -> list[tuple[int, Mark]]:
         first = self._next
@@ -96,7 +125,7 @@ class TablePlaces:
         self._next = 0
         self._end = end
 
-    def sent(self, mark: Mark) -> None:
+    def sent(self, mark: Mark, packet: VideoPacket) -> None:
         """Nothing: the table knows."""
 
     def failed(self, mark: Mark) -> None:
@@ -147,7 +176,7 @@ def decode_in_order(
         tally.packets += 1
         tally.shown += not packet.is_discard
         packet.opaque = mark
-        places.sent(mark)
+        places.sent(mark, packet)
         if packet.is_corrupt:
             damaged.add(mark.number)
         try:

@@ -23,6 +23,9 @@ _KERNELS = {
     "bicubic": Interpolation.BICUBIC,
     "area": Interpolation.AREA,
 }
+_EXACT = Interpolation.ACCURATE_RND | Interpolation.BITEXACT | Interpolation.FULL_CHR_H_INT
+"""Without full chroma swscale goes by tables that make pictures 1 to 2 grey levels too dark and
+halve the colour's resolution; it costs 0 to 0.3 ms a frame (720p to 224 x 224)."""
 _MATRICES = frozenset({0, 1, 2, 4, 5, 6, 7, 9})
 """Colour matrices that swscale knows; others (YCgCo, ICtCp …) are taken for BT.601."""
 
@@ -119,9 +122,7 @@ class Scaler:
             format="rgb24",
             src_colorspace=matrix,
             dst_colorspace=matrix,
-            interpolation=_KERNELS[geometry.interpolation]
-            | Interpolation.ACCURATE_RND
-            | Interpolation.BITEXACT,
+            interpolation=_KERNELS[geometry.interpolation] | _EXACT,
             threads=1,
         )
         plane = scaled.planes[0]

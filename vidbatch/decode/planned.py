@@ -13,10 +13,13 @@ from vidbatch.data import Clip, Sample
 from vidbatch.decode.tally import IndexMismatchError, Mark, NumberedPackets
 from vidbatch.errors import MediaError
 from vidbatch.media import OpenVideo, PacketTable
+from vidbatch.media.opening import READ_BYTES
 from vidbatch.sampling import DEFAULT_RATE, take
 
 GAP_BYTES = 2**20
 """Unwanted packets of fewer bytes are read with their neighbours: a request costs more."""
+NEXT_BYTES = 8 * 2**20
+"""Of the clip that comes next: fetched while this one decodes, so that it need not wait."""
 SEEKS = 3
 """Times to look for a packet one keyframe further back before the table is given up."""
 
@@ -24,8 +27,11 @@ SEEKS = 3
 class Plan:
     """A clip's rows and packets, from the table of its whole video."""
 
-    def __init__(self, table: PacketTable, clip: Clip, sample: Sample, context: bool) -> None:
+    def __init__(
+        self, table: PacketTable, clip: Clip, sample: Sample, context: bool, halo: int = 0
+    ) -> None:
         self.table = table
+        self._rule = (sample, context, halo)
         self._shown = table.pts[table.order]
         self._ticks = table.ticks
         n = len(self._ticks)
@@ -51,13 +57,37 @@ class Plan:
                 advice="plan the video again",
             )
         taken = take(sample, self._ticks, table.time_base, table.keys, self.end)
-        own = (taken.frame_index >= self.first_frame) & (taken.frame_index < self.end_frame)
-        rows = taken.frame_index[own].tolist()
-        self.covers = dict(zip(rows, taken.covers_s[own].tolist(), strict=True))
-        """covers_s by frame_index: the rows of the clip."""
-        before = taken.frame_index[taken.frame_index < self.first_frame]
-        self.context = int(before[-1]) if context and len(before) and rows else None
-        """The sampled frame before the clip's first row."""
+        index = taken.frame_index
+        lo, hi = (int(np.searchsorted(index, f)) for f in (self.first_frame, self.end_frame))
+        beyond = min(hi + halo, len(index)) if hi > lo else hi
+        self.rows = hi - lo
+        """Sampled frames of the clip itself."""
+        self.covers = dict(
+            zip(index[lo:beyond].tolist(), taken.covers_s[lo:beyond].tolist(), strict=True)
+        )
+        """covers_s by frame_index: the rows of the clip, then its halo."""
+        self._before = index[:lo].tolist() if context and hi > lo else []
+        self.context: list[int] = self._before[-1:]
+        """Sampled frames before the clip's first row: the last, or more if that was damaged."""
+        self.ordinals = {int(index[i]): i for i in range(max(lo - 1, 0), beyond)}
+        """frame_index → position among the video's samples."""
+        self.last_frame = int(index[beyond - 1]) + 1 if beyond > hi else self.end_frame
+        """One past the last frame that is wanted, or the clip's."""
+        self.stop = self.packets.stop
+        """One past the last packet that may be read: those of the halo included."""
+        if beyond > hi:
+            closed = table.keyframes[table.closed_keyframes()]
+            later = closed[np.searchsorted(self._shown, table.pts[closed]) >= self.last_frame]
+            self.stop = int(later[0]) if len(later) else len(table.pts)
+
+    def look_back(self) -> bool:
+        """Wants eight times as many frames before the clip; whether there are more."""
+        more = self._before[-8 * len(self.context) :] if self.context else []
+        found = len(more) > len(self.context)
+        last = len(self._before)
+        self.context = more
+        self.ordinals |= {more[-i]: last - i for i in range(1, len(more) + 1)}
+        return found
 
     @property
     def origin_pts(self) -> int:
@@ -78,11 +108,11 @@ class Plan:
         """
         table = self.table
         closed = table.keyframes[table.closed_keyframes()]
-        entries = np.append(0, closed[(closed > 0) & (closed < self.packets.stop)])
+        entries = np.append(0, closed[(closed > 0) & (closed < self.stop)])
         frames = np.searchsorted(self._shown, table.pts[entries])
         frames[0] = 0
-        stops = np.append(entries[1:], self.packets.stop)
-        wanted = [*([] if self.context is None else [self.context]), *self.covers]
+        stops = np.append(entries[1:], self.stop)
+        wanted = [*self.context, *self.covers]
         read = np.concatenate(([0], np.cumsum(table.size)))
         runs: list[tuple[slice, int]] = []
         for i in np.unique(np.searchsorted(frames, wanted, side="right") - 1):
@@ -92,6 +122,49 @@ class Plan:
             else:
                 runs.append((slice(start, stop), int(frames[i])))
         return runs
+
+    def extents(
+        self, size_bytes: int, following: Clip | None, *, skip: bool
+    ) -> list[tuple[int, int]]:
+        """The bytes that decoding the clip reads of the object, in rising half-open ranges.
+
+        Args:
+            following: The clip decoded next; up to NEXT_BYTES of what it reads come last.
+            skip: Whether only segments are read, not all from the beginning.
+        """
+        packets = [s for s, _ in self.segments()] if skip else [slice(0, self.stop)]
+        found = self._extents(packets, size_bytes)
+        if following is None:
+            return found
+        try:
+            later = Plan(self.table, following, *self._rule).extents(size_bytes, None, skip=True)
+        except MediaError:
+            return found  # it will be said when the clip's turn comes
+        at, left = found[-1][1] if found else 0, NEXT_BYTES
+        for start, stop in later:
+            start, stop = max(start, at), min(stop, max(start, at) + left)
+            if start < stop:
+                found.append((start, stop))
+                left -= stop - start
+        return found
+
+    def _extents(self, packets: list[slice], size_bytes: int) -> list[tuple[int, int]]:
+        """Where these packets lie; gaps of less than GAP_BYTES are read with them."""
+        if not packets:
+            return []
+        table = self.table
+        chosen = np.concatenate([np.arange(s.start, s.stop) for s in packets])
+        chosen = chosen[np.argsort(table.pos[chosen], kind="stable")]
+        starts = table.pos[chosen]
+        stops = np.maximum.accumulate(starts + table.size[chosen])
+        cuts = np.flatnonzero(starts[1:] - stops[:-1] >= GAP_BYTES) + 1
+        bounds = zip(
+            starts[np.append(0, cuts)].tolist(),
+            stops[np.append(cuts, len(stops)) - 1].tolist(),
+            strict=True,
+        )
+        ranges = [(start, min(stop + READ_BYTES, size_bytes)) for start, stop in bounds]
+        return [(start, stop) for start, stop in ranges if start < stop]
 
     def _frame_at(self, packet: int) -> int:
         """Frames shown before this packet's."""
@@ -121,7 +194,7 @@ class Planned:
         if index in self._covers:
             self._settled.append((index, self._covers[index]))
             return [index]
-        return [index] if index == self._context else []
+        return [index] if index in self._context else []
 
     def finish(self, end: Fraction) -> list[int]:
         """Nothing more."""

@@ -33,16 +33,13 @@ from vidbatch.decode.tally import (
     Tally,
     VideoPacket,
 )
-from vidbatch.media import Facts, Inspector, OpenVideo
+from vidbatch.media import EntryRefusedError, Facts, Inspector, OpenVideo
 from vidbatch.sampling import Clock
 
 _DISORDER = "frames come out in another order than pts say"
 
 MAX_PROOFS = 2
 """GOPs decoded a second time because a codec that can reorder does not, by its timestamps."""
-
-UNREADABLE = Facts(entry=False, shown=True, layer=0)
-"""Of a packet whose bytes are not what the codec allows, where a table says it is a picture."""
 
 MAX_HELD_BYTES = 64 * 2**20
 MAX_HELD_PACKETS = 20_000
@@ -62,6 +59,8 @@ class _Held(NamedTuple):
     packet: VideoPacket
     facts: Facts
     shown: bool
+    readable: bool
+    """Whether its bytes are what the codec allows."""
 
 
 class _Sound(NamedTuple):
@@ -98,7 +97,7 @@ class _Gop:
             raise SkippingFailedError("keyframes are too far apart to hold what lies between")
 
     def _note(self, held: _Held) -> None:
-        if held.facts is UNREADABLE or held.packet.is_corrupt:
+        if not held.readable or held.packet.is_corrupt:
             self.damaged.add(held.mark.number)
 
 
@@ -114,7 +113,7 @@ def decode_wanted(
     *,
     tabled: bool,
 ) -> Iterator[Shown]:
-    """Decodes what `selection` takes; yields these frames, in display order.
+    """Decodes what `selection` takes; yields these frames, and holes, in display order.
 
     Args:
         reopen: Opens the same video once more, for a decoder without a past.
@@ -160,16 +159,21 @@ def _gops(
     entry: _Held | None = None
     for mark, packet in packets:
         tally.packets += 1
-        facts = inspect(bytes(packet))
-        if facts is None and not tabled:
+        try:
+            read = inspect(bytes(packet))
+        except EntryRefusedError as refused:
+            raise SkippingFailedError(str(refused), by_codec=True) from refused
+        if read is None and not tabled:
             raise SkippingFailedError("a packet is not one whole picture")
-        facts = facts or UNREADABLE
+        # The table says that it is a picture; a clip may begin at it if it is a keyframe.
+        facts = read or Facts(entry=mark.key, shown=True, layer=0)
         if mark.pts is None:
             if facts.shown:
                 raise SkippingFailedError("timestamps are missing")
             mark = mark._replace(pts=gop.last_pts if gop else 0)
         pts = mark.pts or 0
-        held = _Held(mark, pts, packet, facts, facts.shown and not packet.is_discard)
+        shown = facts.shown and not packet.is_discard
+        held = _Held(mark, pts, packet, facts, shown, readable=read is not None)
         if gop is None:
             if not facts.entry:
                 raise SkippingFailedError("the first packet is no keyframe")
@@ -242,16 +246,18 @@ class _Runner:
                     raise self._silently(_DISORDER)
                 last = mark.pts
                 if expected and _pts(expected[0]) < last:
-                    raise self._silently("a wanted frame did not come out")
+                    raise self._silently("a wanted frame did not come out", gop)
                 if mark.number in wanted:
                     yield replace(expected.popleft(), frame=frame)
         if expected:
-            raise self._silently("a wanted frame did not come out")
+            raise self._silently("a wanted frame did not come out", gop)
         self._context.flush_buffers()
 
-    def _silently(self, what: str) -> Exception:
-        """Something is amiss without an error: damage if a table vouches for the timestamps."""
-        return _DamagedError(what) if self._tabled else SkippingFailedError(what)
+    def _silently(self, what: str, gop: _Gop | None = None) -> Exception:
+        """Something is amiss without an error: damage if a table vouches for the timestamps, or if
+        they reorder pictures, which decode times in their place never do."""
+        sound = self._tabled or (gop is not None and gop.reorders)
+        return _DamagedError(what) if sound else SkippingFailedError(what)
 
     def _prove_order(self, gop: _Gop) -> None:
         """Decodes a whole GOP for nothing but the order.
@@ -284,13 +290,14 @@ class _Runner:
             yield _Sound(mark.number, mark.pts), frame
 
     def _thorough(self, gop: _Gop, wanted: dict[int, Shown]) -> Iterator[Shown]:
-        """A GOP that holds damage, whole: what does not come out is a hole.
+        """A GOP that holds damage, whole: what does not come out is a hole, a Shown without frame.
 
         A decoder of its own does it: what stands in for lost pixels must not depend on what was
         decoded before, for that depends on how the video is cut.
         """
         last = None
         missing = sum(h.shown for h in gop.held)
+        holes = deque(wanted.values())
         with self._reopen() as video:
             for held in [*gop.held, None]:
                 try:
@@ -310,8 +317,11 @@ class _Runner:
                         continue
                     last = mark.pts
                     if mark.number in wanted:
-                        yield replace(wanted[mark.number], frame=frame, corrupt=corrupt)
+                        while holes[0].pts != mark.pts:
+                            yield holes.popleft()
+                        yield replace(holes.popleft(), frame=frame, corrupt=corrupt)
             self._video.too_large |= video.too_large
+        yield from holes
         self._tally.silent += max(0, missing)
         self._context.flush_buffers()
 

@@ -21,6 +21,10 @@ class SkippingFailedError(Exception):
         """Whether nothing is wrong: skipping is not known for this codec."""
 
 
+class ContextLostError(Exception):
+    """The frame before the clip's first row is damaged: an earlier one is wanted."""
+
+
 class IndexMismatchError(Exception):
     """The packets that come are not those of the packet table."""
 

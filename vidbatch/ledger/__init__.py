@@ -2,6 +2,7 @@
 
 plan_log   clips and tasks, cut once per sampling rule
 commit     part files and the record that makes them count
+parents    boxes that rows of a model on them may refer to
 retries    failed clips that come back
 runs       run folders, and the tables `models` and `runs`
 fetch      many small objects at once
@@ -28,8 +29,10 @@ from vidbatch.ledger.commit import (
     CommitRecord,
     CommitResult,
     PartFile,
+    record_path,
 )
 from vidbatch.ledger.fetch import fetch
+from vidbatch.ledger.parents import KEY, Boxes
 from vidbatch.ledger.plan_log import PlanLog, decode_chunk, encode_chunk
 from vidbatch.ledger.retries import MAX_GENERATION, RETRIES, retry_tasks
 from vidbatch.ledger.runs import LastJob, Runs
@@ -39,6 +42,8 @@ from vidbatch.tables import (
     empty_part_key,
     encode,
     file_metadata,
+    outcomes_from_json,
+    read,
 )
 
 __all__ = [
@@ -47,6 +52,7 @@ __all__ = [
     "MIXED",
     "PLANS",
     "RETRIES",
+    "Boxes",
     "CommitRecord",
     "CommitResult",
     "LastJob",
@@ -236,6 +242,25 @@ class Ledger(Runs):
         keys = list(self.store.list_keys(f"{COMMITS}/{output}/"))
         for key, data in zip(keys, fetch(self.store, keys), strict=True):
             yield CommitRecord.from_json(data, key)
+
+    def boxes(self, output: Output, task: Task) -> Boxes | None:
+        """The detections that an output has committed for a task; None if it has not.
+
+        Raises:
+            StoreError: the store does not answer.
+            InfraError: what it holds is no record or part.
+        """
+        path = record_path(output.fingerprint, task.task_id)
+        try:
+            record = CommitRecord.from_json(self.store.get(path), path)
+        except NotFoundInStore:
+            return None
+        parts = [self.store.get(f.key) for f in record.files if f.table == "detections"]
+        return Boxes(
+            model=record.model,
+            keys=pa.concat_tables(read(part, columns=KEY) for part in parts),
+            outcomes=outcomes_from_json(record.outcomes, task),
+        )
 
     def commit(
         self,

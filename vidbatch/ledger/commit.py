@@ -22,12 +22,12 @@ from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from vidbatch.data import Clip, Outcome, Output, Task
 from vidbatch.errors import ExistsInStore, InfraError
+from vidbatch.ledger.parents import KEY, with_parent
 from vidbatch.ledger.retries import put_marker
 from vidbatch.tables import (
     SCHEMA_VERSION,
@@ -199,7 +199,7 @@ class Commit:
             else:
                 outcomes.append(theirs)
         if self.parents is not None and "of_model" in table.column_names:
-            table = _with_parent(table, self.parents)
+            table = with_parent(table, self.parents)
         return table, tuple(outcomes)
 
     def _put(self, name: str, data: bytes, rows: int, outcomes: tuple[Outcome, ...]) -> None:
@@ -245,7 +245,7 @@ class Commit:
                 advice="find out who else writes below this output",
             )
         if name == "detections":
-            self.parents = read(found, columns=["video_id", "frame_index", "detection_id"])
+            self.parents = read(found, columns=KEY)
         if name in ("videos", "failures"):
             return footer.rows, offered
         return footer.rows, footer.outcomes_of(self.task)
@@ -301,22 +301,9 @@ def _mixed(mine: Outcome, theirs: Outcome, table: str) -> Outcome:
 
 def _rows_of(clip: Clip, table: pa.Table) -> pa.Array:
     """Mask of the rows that are frames of a clip: clips tile a video in frame_index."""
-    frame = table["frame_index"]
+    frame = table["frame_index" if "frame_index" in table.column_names else "start_frame"]
     mask = pc.and_(
         pc.equal(table["video_id"], clip.video.video_id),
         pc.greater_equal(frame, clip.start_frame),
     )
     return mask if clip.end_frame is None else pc.and_(mask, pc.less(frame, clip.end_frame))
-
-
-def _with_parent(table: pa.Table, parents: pa.Table) -> pa.Table:
-    """The rows that refer to no detection, or to one that is in the file found."""
-    key = parents.column_names
-    positions = pa.array(np.arange(len(table)))
-    found = (
-        table.select(key)
-        .append_column("position", positions)
-        .join(parents, keys=key, join_type="left semi")["position"]
-    )
-    keep = pc.or_(pc.is_null(table["detection_id"]), pc.is_in(positions, value_set=found))
-    return table.filter(keep)

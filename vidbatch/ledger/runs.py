@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from vidbatch.storage import Store
 
 RUNS = "_vidbatch/runs"
+
+LOOK_BACK = 31
+"""Runs that are read to find the last good one."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -60,6 +64,16 @@ class Runs:
         job = yaml.safe_load(self.store.get(f"{RUNS}/{run}/job.yaml"))
         job.pop("versions", None)
         return LastJob(run=run, job=job)
+
+    def last_success(self) -> datetime | None:
+        """When the newest run that finished (exit code 0 or 3) ended; looks at a month of runs."""
+        keys = [k for k in self.store.list_keys(RUNS + "/") if k.endswith("/summary.json")]
+        for key in sorted(keys, reverse=True)[:LOOK_BACK]:
+            summary = json.loads(self.store.get(key))
+            if summary["exit_code"] in (0, 3):
+                started = datetime.fromisoformat(summary["started_at"])
+                return started + timedelta(seconds=summary["elapsed_s"])
+        return None
 
     def write_event(self, run: str, writer: str, n: int, lines: Sequence[str]) -> None:
         """Writes the `n`-th batch of a writer's JSON lines as one whole object."""

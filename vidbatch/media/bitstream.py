@@ -27,10 +27,18 @@ class Facts(NamedTuple):
     """A picture of it is displayed (not an alt-ref, not a frame kept for later)."""
     layer: int
     """Temporal layer; a non-reference picture below the top layer may still be referred to."""
+    leading: bool = False
+    """It refers to what is before the keyframe it follows: without that it is left out."""
+
+
+class EntryRefusedError(Exception):
+    """From here on the stream must not be entered in the middle; says why."""
 
 
 Inspector = Callable[[bytes], Facts | None]
-"""Facts of a packet; None where the bytes are not what the codec allows."""
+"""Facts of a packet; None where the bytes are not what the codec allows.
+
+Raises EntryRefusedError."""
 
 
 def inspector(codec: str, extradata: bytes | None) -> tuple[Inspector | None, str]:
@@ -153,8 +161,8 @@ class _Avc:
         for nal in _nals(data, self._length):
             kind = nal[0] & 31 if nal else 0
             if kind == 7:
-                if _refuse_sps(nal):
-                    return None
+                if why := _refuse_sps(nal):
+                    raise EntryRefusedError(why)
                 self._known = True
             if kind in {1, 2, 5}:
                 return Facts(kind == 5 and self._known, True, 0)
@@ -169,7 +177,7 @@ class _Hevc:
         for nal in _nals(data, self._length):
             kind = nal[0] >> 1 & 63 if len(nal) > 1 else 63
             if kind < 32:
-                return Facts(16 <= kind <= 21, True, nal[1] & 7)
+                return Facts(16 <= kind <= 21, True, nal[1] & 7, leading=kind in {8, 9})
         return None
 
 

@@ -11,7 +11,7 @@ Whatever the bytes are, what comes out is an `OpenVideo` or a MediaError of a st
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from typing import Any
@@ -24,7 +24,8 @@ from av.video.stream import VideoStream
 
 from vidbatch.data import ByteSource, VideoInfo
 from vidbatch.errors import MediaError, StoreError
-from vidbatch.media.boxes import MP4_BOXES, declared_bytes, scan_boxes
+from vidbatch.media.boxes import declared_bytes
+from vidbatch.media.refusal import cut_off, describe_error, encrypted, refusal
 
 FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,ogg,asf,ivf,mxf,h264,hevc,gif"
 """Demuxers that may see a byte: none opens another file or a socket (HLS, concat and SDP do)."""
@@ -71,9 +72,6 @@ CODECS = frozenset(
 )
 """Decoders that may see a byte; names are FFmpeg's of the codec, not of the library behind it."""
 
-PLAYLIST = b"#EXTM3U"
-"""FFmpeg calls an HLS playlist invalid data unless its name says what it is; ours has no name."""
-
 PROBE_BYTES = 10_000_000
 PROBE_US = 10_000_000
 """What FFmpeg may read to find out about streams: enough for a late moov or sparse TS, bounded."""
@@ -91,6 +89,9 @@ class BytesSource:
     def read_at(self, offset: int, length: int) -> bytes:
         """The bytes [offset, min(offset+length, size))."""
         return self._data[offset : offset + length]
+
+    def want(self, extents: Sequence[tuple[int, int]]) -> None:
+        """Nothing to do."""
 
 
 class SourceReader:
@@ -206,7 +207,7 @@ class OpenVideo:
         """
         context = self.stream.codec_context
         try:
-            frames: list[VideoFrame] = context.decode(packet)
+            frames: list[VideoFrame] = self._push(packet)
         except av.FFmpegError as error:
             pixels = context.width * context.height
             if error.errno == errno.ENOMEM and 0 < pixels <= self.max_pixels:
@@ -215,6 +216,16 @@ class OpenVideo:
             self.too_large |= error.errno == errno.EINVAL or pixels > self.max_pixels
             raise
         return frames
+
+    def _push(self, packet: Packet[VideoStream] | None) -> Any:
+        context = self.stream.codec_context
+        try:
+            return context.decode(packet)
+        except av.BlockingIOError:
+            # A filter inside the decoder (VP9 has one) choked on the packet before and will take no
+            # other until it is emptied.
+            context.flush_buffers()
+            return context.decode(packet)
 
     def info(self, *, upright: tuple[int, int, int] | None, start_pts: int | None) -> VideoInfo:
         """What the headers say.
@@ -270,18 +281,14 @@ def _tagged_duration(text: str) -> float | None:
         return None
 
 
-def describe_error(error: Exception) -> str:
-    """FFmpeg's words about an error, without the numbers and names PyAV adds."""
-    return str(getattr(error, "strerror", None) or error)
-
-
 @contextmanager
-def open_video(source: ByteSource, *, max_pixels: int) -> Iterator[OpenVideo]:
-    """Opens a video with every guard up; closes it with the block.
+def open_container(
+    source: ByteSource, *, max_pixels: int, edited: bool = True, decoders: bool = True
+) -> Iterator[tuple[Any, SourceReader]]:
+    """The container and what it reads through; without `edited`, what its edit lists leave out is
+    there too; without `decoders`, streams are as the container describes them.
 
-    Raises:
-        MediaError: kinds as in this module's docstring.
-        StoreError: the source failed.
+    Raises MediaError, StoreError.
     """
     if source.size_bytes == 0:
         raise MediaError(
@@ -299,18 +306,35 @@ def open_video(source: ByteSource, *, max_pixels: int) -> Iterator[OpenVideo]:
         # These two are for the decoders that FFmpeg opens itself while it probes.
         "max_pixels": str(max_pixels),
         "threads": "1",
+        "advanced_editlist": str(int(edited)),
     }
+    if not decoders:
+        options["codec_whitelist"] = "none"
     try:
         container = av.open(
             reader, "r", options=options, metadata_errors="ignore", buffer_size=READ_BYTES
         )
     except av.FFmpegError as error:
-        raise reader.error or _refusal(source, error) from error
+        raise reader.error or refusal(source, error) from error
     with container:
         if reader.error is not None:
             raise reader.error
+        yield container, reader
+
+
+@contextmanager
+def open_video(source: ByteSource, *, max_pixels: int) -> Iterator[OpenVideo]:
+    """Opens a video with every guard up; closes it with the block.
+
+    Raises:
+        MediaError: kinds as in this module's docstring.
+        StoreError: the source failed.
+    """
+    with open_container(source, max_pixels=max_pixels) as (container, reader):
         stream = _choose_stream(container, source)
         context = stream.codec_context
+        if not context.width:
+            _check_size(source, stream.index, max_pixels)
         context.options = {"max_pixels": str(max_pixels)}
         context.thread_count = 1
         context.thread_type = "NONE"
@@ -330,7 +354,7 @@ def _choose_stream(container: Any, source: ByteSource) -> VideoStream:
     if context is None:
         declared = declared_bytes(source)
         if declared is not None and declared > source.size_bytes:
-            raise _cut_off(source.size_bytes, declared)
+            raise cut_off(source.size_bytes, declared)
     if not streams:
         raise MediaError(
             f"no video stream ({container.format.name}); nothing to decode",
@@ -350,44 +374,14 @@ def _choose_stream(container: Any, source: ByteSource) -> VideoStream:
     return stream
 
 
-def _cut_off(size_bytes: int, declared: int) -> MediaError:
-    return MediaError(
-        f"cut off inside the header: {size_bytes} of {declared} bytes are there",
-        kind="truncated",
-        advice="upload the whole file again",
-    )
-
-
-def encrypted() -> MediaError:
-    """The error for media that are encrypted and come without a key."""
-    return MediaError(
-        "the media are encrypted; nothing can be decoded",
-        kind="encrypted",
-        advice="store a decrypted copy",
-    )
-
-
-def _refusal(source: ByteSource, error: av.FFmpegError) -> MediaError:
-    """Why FFmpeg would not open the object."""
-    head = source.read_at(0, 16)
-    if error.errno == errno.EINVAL or head.startswith(PLAYLIST):
-        return MediaError(
-            "the content is no container this build opens (a playlist, an image, a script?)",
-            kind="format_refused",
-            advice="leave the object out with archive.exclude",
-        )
-    if head[4:8] in MP4_BOXES:
-        boxes = scan_boxes(source)
-        if not any(b.name == b"moov" for b in boxes):
-            return MediaError(
-                "an MP4 without its header (moov): cut off, or a fragment without its first part",
-                kind="truncated",
-                advice="upload the whole file again",
+def _check_size(source: ByteSource, index: int, max_pixels: int) -> None:
+    """Raises MediaError if the container says a size over the limit: FFmpeg then forgets it."""
+    with open_container(source, max_pixels=max_pixels, decoders=False) as (container, _):
+        context = container.streams[index].codec_context if index < len(container.streams) else None
+        if context is not None and context.width * context.height > max_pixels:
+            raise MediaError(
+                f"pictures of {context.width}x{context.height} are more than the limit of"
+                f" {max_pixels} pixels; nothing is decoded",
+                kind="too_large",
+                advice="raise limits.max_pixels if the file is meant to be that large",
             )
-        if boxes[-1].end > source.size_bytes:
-            return _cut_off(source.size_bytes, boxes[-1].end)
-    return MediaError(
-        f"not a video: {describe_error(error)}",
-        kind="not_media",
-        advice="leave the object out with archive.exclude, or upload it again",
-    )

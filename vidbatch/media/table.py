@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -11,7 +12,7 @@ import numpy as np
 from vidbatch.data import Bools, ByteSource, Ints
 from vidbatch.media.bitstream import inspector
 from vidbatch.media.boxes import MP4_BOXES, Box, scan_boxes
-from vidbatch.media.opening import open_video
+from vidbatch.media.opening import OpenVideo, open_container, open_video
 
 NO_REORDERING = "timestamps do not reorder pictures although the codec does"
 
@@ -42,6 +43,9 @@ class _Outline:
             out[at - offset : until - offset] = self._source.read_at(at, until - at)
             at = until
         return bytes(out)
+
+    def want(self, extents: Sequence[tuple[int, int]]) -> None:
+        """Nothing to do: there is nothing to fetch but the header, which has been asked for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -116,6 +120,7 @@ def read_packet_table(source: ByteSource, *, max_pixels: int) -> tuple[PacketTab
         return None, "the container has no index"
     if boxes[-1].end > source.size_bytes:
         return None, "the object is cut off"
+    source.want([(b.start, b.end) for b in boxes if b.name == b"moov"])
     with open_video(_Outline(source, boxes), max_pixels=max_pixels) as video:
         _, why = inspector(video.codec, video.stream.codec_context.extradata)
         if why:
@@ -130,7 +135,8 @@ def read_packet_table(source: ByteSource, *, max_pixels: int) -> tuple[PacketTab
             rows.append((packet.pts, packet.dts or 0, packet.pos, packet.size, *flags))
         depth = video.stream.codec_context.reorder_depth
         sync = {e.pos: e.is_keyframe for e in video.stream.index_entries}
-        header_count, time_base, rate = video.stream.frames, video.time_base, video.rate
+        header_count = promised_packets(source, video)
+        time_base, rate = video.time_base, video.rate
     if not rows or (header_count and header_count > len(rows)):
         return None, f"{len(rows)} packets where the header says {header_count}"
     columns = list(zip(*rows, strict=True))
@@ -159,3 +165,18 @@ def read_packet_table(source: ByteSource, *, max_pixels: int) -> tuple[PacketTab
         order=order,
     )
     return (None, NO_REORDERING) if table.denies_reordering(depth) else (table, "")
+
+
+def promised_packets(source: ByteSource, video: OpenVideo) -> int | None:
+    """How many packets the header of an MP4 promises; None where it does not say.
+
+    It counts those too that an edit list leaves out: they are looked for only if some are missing.
+    """
+    count, listed = video.stream.frames, len(video.stream.index_entries)
+    if not video.is_mp4 or not count:
+        return None
+    if listed < count:
+        outline = _Outline(source, scan_boxes(source))
+        with open_container(outline, max_pixels=video.max_pixels, edited=False) as (container, _):
+            count -= max(0, len(container.streams[video.stream.index].index_entries) - listed)
+    return count

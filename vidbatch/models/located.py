@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, field
 
+from vidbatch.models.weights import WeightFile
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Located:
@@ -19,6 +21,11 @@ class Located:
     """Where the source was read, for tracebacks."""
     files: tuple[tuple[str, bytes], ...] = field(default=(), repr=False)
     """(name, content); the plain model finds them as the mapping `files`."""
+    weights: tuple[WeightFile, ...] = ()
+    """Files that are too large to travel: fetched where the model is loaded; its `weights`."""
+    options: str = field(default="", repr=False)
+    """JSON of what the adapter read out of the entry and the files for its class, or "": it stands
+    in the fingerprint for the adapter's own keys."""
 
     @property
     def class_name(self) -> str:
@@ -28,4 +35,5 @@ class Located:
     @property
     def weights_sha256(self) -> tuple[tuple[str, str], ...]:
         """(name, sha256) of the files, by name."""
-        return tuple(sorted((name, hashlib.sha256(data).hexdigest()) for name, data in self.files))
+        read = [(name, hashlib.sha256(data).hexdigest()) for name, data in self.files]
+        return tuple(sorted([*read, *((w.name, w.sha256) for w in self.weights)]))

@@ -1,7 +1,8 @@
-"""Several models over staged frames on one device: one upload per geometry, one pass for all.
+"""Several models over staged items on one device: one upload per input, one pass for all.
 
-    pieces ── stage: collate per geometry ─▶ host buffer ── upload, own stream ─▶ device buffer
-           ── compute: per model ≤ spec.batch frames at a time ─▶ Predictions per piece and model
+    pieces ── stage: collate, upload (`staging`) ─▶ buffers on the device
+           ── compute: per model ≤ spec.batch items at a time ─▶ Predictions per piece and model
+                       then models on crops: boxes of their parent, cut out of the same buffers
 
 `stage` may run in another thread than `compute`, so that the next frames are collated and uploaded
 while the device is busy. torch is imported when a Runner is made, not with this module.
@@ -10,21 +11,23 @@ while the device is busy. torch is imported when a Runner is made, not with this
 from __future__ import annotations
 
 import time
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from vidbatch.data import Batch, Frames, Ints, Model, Predictions
+from vidbatch.data import Batch, Crops, Ints, Model, ModelSpec, Predictions, rank_rows
 from vidbatch.errors import ModelError
-from vidbatch.models.base import (
+from vidbatch.models.answers import (
     check_predictions,
     cut_predictions,
     empty_predictions,
     join_predictions,
 )
+from vidbatch.models.crops import crop_boxes, cut_crops
+from vidbatch.models.staging import Input, Piece, Staged, Stager, input_key, on_host
 
 if TYPE_CHECKING:
     import torch
@@ -33,72 +36,21 @@ Answers = dict[str, Predictions | ModelError]
 """Model name → what it says of the rows of a piece, or why it cannot."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Piece:
-    """Rows [lo, hi) of one chunk; rows leave the context frame out, row 0 is the first row."""
-
-    ticket: Hashable
-    frames: Frames
-    lo: int
-    hi: int
-    models: frozenset[str] | None = None
-    """Names of the models it is for; None = all."""
-    keys: Ints = field(init=False)
-    """(hi − lo,) frame_index of the rows."""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.lo <= self.hi <= self.frames.num_rows:
-            raise ValueError(f"rows [{self.lo}, {self.hi}) of {self.frames!r}")
-        object.__setattr__(self, "keys", self.frames.frame_index[self.items].copy())
-
-    def __len__(self) -> int:
-        return self.hi - self.lo
-
-    @property
-    def items(self) -> slice:
-        """Its rows as items of the chunk."""
-        first = int(self.frames.context)
-        return slice(first + self.lo, first + self.hi)
-
-    @property
-    def has_head(self) -> bool:
-        """Whether the chunk holds the sample before its first row."""
-        return len(self) > 0 and self.items.start > 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Staged:
-    """Frames of some pieces, collated per geometry and on their way to the device."""
-
-    pieces: tuple[Piece, ...]
-    starts: Ints
-    """(P + 1,) where the rows of each piece begin in the buffers; the last is the total N."""
-    buffers: Mapping[tuple[str, bool], torch.Tensor]
-    """(geometry key, on host) → uint8 (N + heads, H, W, 3): all rows, then the pieces' heads."""
-    previous: Ints
-    """(N,) position of the sample before each row in a buffer; its own where there is none."""
-    has_previous: np.ndarray[Any, np.dtype[np.bool_]]
-    source_px: Ints
-    """(N, 2)"""
-    uploaded: Any
-    """The event to wait for before the buffers are used, or None."""
-
-
 class Runner:
     """Models on one device. Not reentrant: one thread computes; one may stage beside it."""
 
     def __init__(self, models: Sequence[Model], device: str = "cpu") -> None:
         import torch
 
-        self.models = tuple(models)
+        self.models = tuple(sorted(models, key=lambda m: m.spec.crop is not None))
+        """Those on crops come after those whose boxes they are on."""
         self.device = torch.device(device)
         self.seconds = {"loading": 0.0, "collating": 0.0, "uploading": 0.0, "compute": 0.0}
         """Seconds spent so far; on a GPU `uploading` is what issuing the copies took."""
         self.halved = 0
         """How often a batch was halved for want of memory."""
         self._sizes = {m.spec.name: m.spec.batch for m in self.models}
-        self._gpu = self.device.type == "cuda"
-        self._stream: Any = torch.cuda.Stream(self.device) if self._gpu else None  # type: ignore[no-untyped-call]
+        self._stager = Stager(self.models, self.device)
 
     def load(self) -> None:
         """Loads every model. Raises ModelError."""
@@ -116,54 +68,8 @@ class Runner:
         return self.compute(self.stage(pieces))
 
     def stage(self, pieces: Sequence[Piece]) -> Staged:
-        """Collates the pixels of every geometry that some model wants and starts their upload.
-
-        Raises:
-            KeyError: a piece is for a model that is not here, or its chunk has no pixels of the
-                geometry of a model it is for.
-        """
-        import torch
-
-        here = {m.spec.name for m in self.models}
-        for piece in pieces:
-            if unknown := (piece.models or here) - here:
-                raise KeyError(f"{piece.ticket!r} is for {sorted(unknown)}; here: {sorted(here)}")
-        starts = np.cumsum([0, *(len(p) for p in pieces)])
-        n = int(starts[-1])
-        previous = np.arange(-1, n - 1, dtype=np.int64)
-        has_previous = np.ones(n, np.bool_)
-        heads = {i: k for k, i in enumerate(i for i, p in enumerate(pieces) if p.has_head)}
-        for i, piece in enumerate(pieces):
-            if len(piece):
-                first = int(starts[i])
-                previous[first] = n + heads[i] if piece.has_head else first
-                has_previous[first] = piece.has_head
-        buffers: dict[tuple[str, bool], torch.Tensor] = {}
-        with self._timed("collating"):
-            for key in {m.spec.geometry.key for m in self.models}:
-                users = [m for m in self.models if m.spec.geometry.key == key]
-                host = self._collate(key, users, pieces, starts, heads)
-                if host is not None:
-                    buffers[key, True] = host
-        uploaded = None
-        if self._stream is not None:
-            with self._timed("uploading"), torch.cuda.stream(self._stream):
-                for model in self.models:
-                    key = model.spec.geometry.key
-                    if (key, True) in buffers and not _on_host(model):
-                        buffers[key, False] = buffers[key, True].to(self.device, non_blocking=True)
-                uploaded = self._stream.record_event()
-        return Staged(
-            pieces=tuple(pieces),
-            starts=starts,
-            buffers=buffers,
-            previous=previous,
-            has_previous=has_previous,
-            source_px=np.concatenate(
-                [p.frames.source_px[p.items] for p in pieces] or [np.zeros((0, 2), np.int64)]
-            ),
-            uploaded=uploaded,
-        )
+        """Collates and uploads what some model wants. Raises KeyError as `Stager.stage`."""
+        return self._stager.stage(pieces, self.seconds)
 
     def compute(self, staged: Staged) -> list[Answers]:
         """Runs every model over its pieces; a model that fails on some takes no other with it.
@@ -175,120 +81,134 @@ class Runner:
         """
         import torch
 
-        found: list[Answers] = [{} for _ in staged.pieces]
+        answers: list[Answers] = [{} for _ in staged.pieces]
         with self._timed("compute"), torch.inference_mode():
             if staged.uploaded is not None:
                 stream = torch.cuda.current_stream(self.device)
                 stream.wait_event(staged.uploaded)
-                for (_, on_host), buffer in staged.buffers.items():
-                    if not on_host:
-                        buffer.record_stream(stream)  # made on the other stream, used on this
+                for found in staged.inputs.values():
+                    if found.device is not None:
+                        found.device.record_stream(stream)  # made on the other, used on this
             for model in self.models:
-                name = model.spec.name
-                group = [
-                    i for i, p in enumerate(staged.pieces) if p.models is None or name in p.models
-                ]
-                for i, answer in zip(group, self._answer(model, staged, group), strict=True):
-                    found[i][name] = answer
-        return found
-
-    def _collate(
-        self,
-        key: str,
-        users: Sequence[Model],
-        pieces: Sequence[Piece],
-        starts: Ints,
-        heads: Mapping[int, int],
-    ) -> torch.Tensor | None:
-        """All rows, then the heads; None if no piece is for a model of this geometry."""
-        import torch
-
-        names = {m.spec.name for m in users}
-        wanted = [i for i, p in enumerate(pieces) if p.models is None or p.models & names]
-        if not wanted:
-            return None
-        if not any(m.spec.context for m in users):
-            heads = {}
-        n = int(starts[-1])
-        shape = pieces[wanted[0]].frames.pixels[key].shape[1:]
-        # The pinned allocator caches blocks and gives none out again before its copy is done.
-        buffer = torch.empty((n + len(heads), *shape), dtype=torch.uint8, pin_memory=self._gpu)
-        rows = buffer.numpy()
-        for i in wanted:
-            pixels, items = pieces[i].frames.pixels[key], pieces[i].items
-            rows[starts[i] : starts[i + 1]] = pixels[items]
-            if i in heads:
-                rows[n + heads[i]] = pixels[items.start - 1]
-        return buffer
+                spec = model.spec
+                group = [i for i, p in enumerate(staged.pieces) if p.is_for(spec)]
+                if spec.crop:
+                    for i in list(group):
+                        if isinstance(cause := answers[i][spec.crop.on], ModelError):
+                            answers[i][spec.name] = _without_parent(spec, cause)
+                            group.remove(i)
+                for i, answer in zip(
+                    group, self._answer(model, staged, group, answers), strict=True
+                ):
+                    answers[i][spec.name] = answer
+        return answers
 
     def _answer(
-        self, model: Model, staged: Staged, group: Sequence[int]
+        self, model: Model, staged: Staged, group: Sequence[int], answers: Sequence[Answers]
     ) -> list[Predictions | ModelError]:
         """One answer per piece of the group."""
         if not group:
             return []
         try:
-            whole = self._predict(model, staged, group)
+            found = staged.inputs[input_key(model.spec)]
+            if model.spec.crop is None:
+                whole = self._predict_rows(model, found, group)
+            else:
+                boxes = [answers[i][model.spec.crop.on] for i in group]
+                whole = self._predict_crops(model, found, group, cast(list[Predictions], boxes))
         except ModelError as error:
             if len(group) == 1:
                 return [error]
-            return [a for i in group for a in self._answer(model, staged, [i])]
+            return [a for i in group for a in self._answer(model, staged, [i], answers)]
         ends = np.cumsum([len(staged.pieces[i]) for i in group])
         return [
             cut_predictions(whole, int(end) - len(staged.pieces[i]), int(end))
             for i, end in zip(group, ends, strict=True)
         ]
 
-    def _predict(self, model: Model, staged: Staged, group: Sequence[int]) -> Predictions:
-        """The answers for the rows of a group, ≤ `_sizes` at a time."""
-        name = model.spec.name
-        rows = np.concatenate(
-            [np.arange(staged.starts[i], staged.starts[i + 1], dtype=np.int64) for i in group]
-        )
-        parts: list[Predictions] = []
-        done = 0
-        while done < len(rows):
-            some = rows[done : done + self._sizes[name]]
-            try:
-                answer = model.predict(self._batch(model, staged, some))
-            except Exception as error:
-                if not _out_of_memory(error):
-                    raise self._model_error(model, len(some), error) from error
-                if len(some) == 1:
-                    raise self._model_error(model, 1, error, kind="out_of_memory") from error
-                self._sizes[name] = max(1, len(some) // 2)
-                self.halved += 1
-                continue
-            check_predictions(model.spec, answer, len(some))
-            parts.append(answer)
-            done += len(some)
-        return join_predictions(parts) if parts else empty_predictions(model.spec)
-
-    def _batch(self, model: Model, staged: Staged, rows: Ints) -> Batch:
+    def _predict_rows(self, model: Model, found: Input, group: Sequence[int]) -> Predictions:
+        """The answers for the rows of a group."""
         import torch
 
-        on_host = _on_host(model) or not self._gpu
-        buffer = staged.buffers[model.spec.geometry.key, on_host]
+        buffer = self._buffer(model, found)
+        rows = _rows(found, group)
 
         def take(positions: Ints) -> torch.Tensor:
-            lo, hi = int(positions[0]), int(positions[-1]) + 1
-            if hi - lo == len(positions) and bool((np.diff(positions) == 1).all()):
-                return buffer[lo:hi]  # no copy
-            return buffer.index_select(0, torch.from_numpy(positions).to(buffer.device))
+            flat = positions.ravel()
+            lo, hi = int(flat[0]), int(flat[-1]) + 1
+            if hi - lo == len(flat) and bool((np.diff(flat) == 1).all()):
+                taken = buffer[lo:hi]  # no copy
+            else:
+                taken = buffer.index_select(0, torch.from_numpy(flat).to(buffer.device))
+            return taken.reshape(*positions.shape, *taken.shape[1:])
 
-        if not model.spec.context:
+        def make(lo: int, hi: int) -> Batch:
+            some, context = rows[lo:hi], model.spec.context
+            has_previous = torch.from_numpy(found.has_previous[some]) if context else None
+            items = take(found.rows[some])
             return Batch(
-                pixels=take(rows),
+                pixels=None if model.spec.audio else items,
+                samples=items if model.spec.audio else None,
+                previous=take(found.previous[some]) if context else None,
+                has_previous=None if has_previous is None else has_previous.to(buffer.device),
+                source_px=found.source_px[some],
+            )
+
+        return self._predict(model, len(rows), make)
+
+    def _predict_crops(
+        self,
+        model: Model,
+        found: Input,
+        group: Sequence[int],
+        parents: Sequence[Predictions],
+    ) -> Predictions:
+        """The answers for the boxes that the parent found in the rows of a group."""
+        rule, geometry = model.spec.crop, model.spec.geometry
+        assert rule is not None and geometry is not None
+        whole = join_predictions(parents)
+        boxes = whole.boxes
+        order, ordinal = rank_rows(boxes.item, boxes.label_id, boxes.score)
+        item = boxes.item[order]
+        rows = _rows(found, group)[item]
+        where, size = crop_boxes(rule, geometry, boxes.xyxy[order], found.source_px[rows])
+        buffer = self._buffer(model, found)
+
+        def make(lo: int, hi: int) -> Batch:
+            return Batch(
+                pixels=cut_crops(buffer, found.rows[rows[lo:hi]], where[lo:hi], rule.size),
                 previous=None,
                 has_previous=None,
-                source_px=staged.source_px[rows],
+                source_px=size[lo:hi],
             )
-        return Batch(
-            pixels=take(rows),
-            previous=take(staged.previous[rows]),
-            has_previous=torch.from_numpy(staged.has_previous[rows]).to(buffer.device),
-            source_px=staged.source_px[rows],
-        )
+
+        answer = self._predict(model, len(item), make)
+        return replace(answer, n=whole.n, crops=Crops(item=item, detection=ordinal))
+
+    def _predict(self, model: Model, n: int, make: Callable[[int, int], Batch]) -> Predictions:
+        """The answers for n items, ≤ `_sizes` at a time; `make(lo, hi)` is the batch of some."""
+        name = model.spec.name
+        parts: list[Predictions] = []
+        done = 0
+        while done < n:
+            some = min(self._sizes[name], n - done)
+            try:
+                answer = model.predict(make(done, done + some))
+            except Exception as error:
+                if not _out_of_memory(error):
+                    raise self._model_error(model, some, error) from error
+                if some == 1:
+                    raise self._model_error(model, 1, error, kind="out_of_memory") from error
+                self._sizes[name] = max(1, some // 2)
+                self.halved += 1
+                continue
+            check_predictions(model.spec, answer, some)
+            parts.append(answer)
+            done += some
+        return join_predictions(parts) if parts else empty_predictions(model.spec)
+
+    def _buffer(self, model: Model, found: Input) -> torch.Tensor:
+        return found.host if found.device is None or on_host(model) else found.device
 
     def _model_error(
         self, model: Model, n: int, error: Exception, kind: str = "model_raised"
@@ -315,9 +235,17 @@ class Runner:
             self.seconds[what] += time.perf_counter() - start
 
 
-def _on_host(model: Model) -> bool:
-    """Whether it wants CPU tensors on every device (a model may say so: see `base.Facts`)."""
-    return bool(getattr(model, "on_host", False))
+def _rows(found: Input, group: Sequence[int]) -> Ints:
+    """The rows of some pieces, one after the other."""
+    every = np.arange(found.starts[-1])
+    return np.concatenate([every[found.rows_of(i)] for i in group])
+
+
+def _without_parent(spec: ModelSpec, cause: ModelError) -> ModelError:
+    on = spec.crop.on if spec.crop else ""
+    return ModelError(
+        f"model {spec.name}: {on}, whose boxes it is on, failed: {cause.message}", kind=cause.kind
+    )
 
 
 def _out_of_memory(error: Exception) -> bool:

@@ -11,13 +11,15 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from vidbatch.batching import predict_chunk
-from vidbatch.data import ClipRange, DecodeLimits, Failure, Frames, Model, Predictions, Video
+from vidbatch.data import Chunk, ClipRange, DecodeLimits, Failure, Model, Predictions, Video
 from vidbatch.errors import ModelError, VidbatchError
 from vidbatch.ledger import Ledger
 from vidbatch.models.registry import create_model
 from vidbatch.models.runner import use_threads
+from vidbatch.pipeline.failures import to_failure
 from vidbatch.pipeline.order import NoWatch, RunSpec, TaskReport, WorkOrder
-from vidbatch.pipeline.task import process_task, to_failure
+from vidbatch.pipeline.reading import Sources
+from vidbatch.pipeline.task import process_task
 from vidbatch.sandbox import InProcess, Sandbox
 from vidbatch.storage import Store, open_source, open_store
 
@@ -116,10 +118,10 @@ class LocalPredictor:
             self._models[model.spec.name] = model
 
     def submit(
-        self, frames: Frames, models: tuple[str, ...]
+        self, chunk: Chunk, models: tuple[str, ...]
     ) -> Mapping[str, Predictions | ModelError]:
         """Predicts at once."""
-        return predict_chunk({n: self._models[n] for n in models}, frames, self.device)
+        return predict_chunk({n: self._models[n] for n in models}, chunk, self.device)
 
     def result(self, ticket: Any) -> Mapping[str, Predictions | ModelError]:
         """What `submit` found."""
@@ -149,6 +151,7 @@ class LocalEngine:
         self._predictor = LocalPredictor(self._spec)
         self._ledger = Ledger(open_store(self._spec.output_uri, self._spec.output_store))
         self._store = open_store(self._spec.archive_uris[0], self._spec.archive_store)
+        self._sources = Sources(self._store)
         return "one process without Ray, device cpu"
 
     def probe(self, videos: Sequence[Video]) -> list[Probed]:
@@ -170,6 +173,7 @@ class LocalEngine:
                 decoder=self._decoder,
                 predictor=self._predictor,
                 watch=NoWatch(),
+                sources=self._sources,
             )
 
     def halt(self) -> None:
@@ -181,6 +185,7 @@ class LocalEngine:
         facts = {"decoder_restarts": getattr(self._decoder, "restarts", 0)}
         if self._decoder is not None:
             self._decoder.close()
+            self._sources.close()
         if self._predictor is not None:
             self._predictor.close()
         return facts

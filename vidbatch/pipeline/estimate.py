@@ -12,8 +12,8 @@ from vidbatch.config import Job
 from vidbatch.data import Clip, Sample, Task, Video, VideoInfo
 from vidbatch.errors import VidbatchError
 from vidbatch.pipeline.engine import make_decoder
+from vidbatch.pipeline.failures import to_failure
 from vidbatch.pipeline.survey import ASSUMED_BITS_PER_S, Survey, new_run_id, take_survey
-from vidbatch.pipeline.task import to_failure
 from vidbatch.plan import estimate_cost_s, pack, task_cost_s, whole
 from vidbatch.progress import human_bytes, human_s
 from vidbatch.storage import open_source, open_store

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from vidbatch.data import (
+    Audio,
+    AudioEnd,
+    AudioGrid,
     ByteSource,
+    Chunk,
     Clip,
     DecodeEvent,
     DecodeLimits,
-    Frames,
     Geometry,
     Output,
     Predictions,
@@ -66,6 +69,16 @@ class WorkOrder:
     attempt: int = 1
 
 
+class SlowClip(NamedTuple):
+    """What reading and decoding one clip took."""
+
+    uri: str
+    start_s: float
+    seconds: float
+    bytes_read: int
+    gets: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskReport:
     """What a task amounted to; small enough to send a million of them to the driver."""
@@ -77,6 +90,10 @@ class TaskReport:
     failures: tuple[tuple[str, str, str, str], ...]
     """Up to 20 of (uri, output name, kind, message)."""
     device: str
+    slowest: tuple[SlowClip, ...] = ()
+    """Up to 3 clips, the slowest first."""
+    fallbacks: Mapping[str, int] = field(default_factory=dict)
+    """Why clips were decoded in order, without the numbers → clips."""
 
 
 class ClipDecoder(Protocol):
@@ -91,8 +108,22 @@ class ClipDecoder(Protocol):
         geometries: Sequence[Geometry],
         context: bool,
         limits: DecodeLimits,
+        halo: int = 0,
+        following: Clip | None = None,
     ) -> Iterator[DecodeEvent]:
         """See decode.decode_clip; raises DecoderDied as well."""
+        ...
+
+    def audio(
+        self,
+        source: ByteSource,
+        clip: Clip,
+        *,
+        grids: Sequence[AudioGrid],
+        start_s: float,
+        limits: DecodeLimits,
+    ) -> Iterator[Audio | AudioEnd]:
+        """See audio.decode_audio; raises DecoderDied as well."""
         ...
 
 
@@ -101,8 +132,9 @@ class Predictor(Protocol):
 
     device: str
 
-    def submit(self, frames: Frames, models: tuple[str, ...]) -> Any:
-        """Takes a chunk for some models; waits while too many bytes are under way."""
+    def submit(self, chunk: Chunk, models: tuple[str, ...]) -> Any:
+        """Takes a chunk for models of its kind, with one on crops also that it is on; waits while
+        too many bytes are under way."""
         ...
 
     def result(self, ticket: Any) -> Mapping[str, Predictions | ModelError]:

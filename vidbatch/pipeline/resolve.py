@@ -9,7 +9,7 @@ from typing import Any
 from vidbatch.archive import ArchiveRule, DateRule, parse_when
 from vidbatch.config import Job
 from vidbatch.data import DecodeLimits, Output
-from vidbatch.models.registry import resolve_models
+from vidbatch.models.registry import ModelDef, resolve_models
 from vidbatch.pipeline.order import RunSpec
 from vidbatch.sampling import sampling_fingerprint
 from vidbatch.storage import StoreSettings
@@ -28,10 +28,20 @@ def job_outputs(job: Job) -> tuple[str, tuple[Output, ...]]:
         UsageError: a model cannot be resolved, or two share a name.
     """
     sample = job.sample.rule()
-    specs = [d.spec for d in resolve_models(job.models, Path(job.base_dir))]
+    specs = [d.spec for d in job_models(job)]
     fingerprint = sampling_fingerprint(sample)
     outputs = (output_of(None, fingerprint), *(output_of(s, fingerprint) for s in specs))
     return sampling_partition(sample), outputs
+
+
+def job_models(job: Job) -> tuple[ModelDef, ...]:
+    """The models of a job file; one of a hub only where the run stays on this machine.
+
+    Raises:
+        UsageError: a model cannot be resolved, or two share a name.
+    """
+    near = job.engine.address in ("local", "none")
+    return resolve_models(job.models, Path(job.base_dir), hub=near)
 
 
 def archive_rule(job: Job) -> ArchiveRule:
@@ -65,7 +75,7 @@ def run_spec(job: Job, run: str) -> RunSpec:
         sampling=sampling_fingerprint(sample),
         sampling_partition=partition,
         outputs=outputs,
-        models=resolve_models(job.models, Path(job.base_dir)),
+        models=job_models(job),
         archive_uris=job.archive.uri,
         archive_store=settings_of(job.archive.store),
         output_uri=job.output.uri,

@@ -24,12 +24,15 @@ from vidbatch.config import Job
 from vidbatch.data import Video
 from vidbatch.errors import VidbatchError
 from vidbatch.pipeline.engine import Engine, LocalEngine, Probed
-from vidbatch.pipeline.order import RunSpec, TaskReport, WorkOrder
+from vidbatch.pipeline.order import RunSpec, SlowClip, TaskReport, WorkOrder
 from vidbatch.pipeline.survey import Survey, new_run_id, take_survey
 from vidbatch.progress import Counts, Progress, human_s
 
 FAILURE_LIMIT_AFTER = 50
 """Outcomes before the failure limit may stop a run."""
+
+MAX_SLOWEST = 20
+"""Clips that the summary names."""
 
 EVENTS_EVERY_S, EVENTS_BYTES = 10.0, 2**20
 """One event object per so much time or size, whichever comes first."""
@@ -70,11 +73,12 @@ def run_job(
     now = now or datetime.now(UTC)
     started = time.monotonic()
     survey = take_survey(job, run=new_run_id(now), now=now, limit=limit)
+    progress.listing = {**progress.listing, **survey.listing_facts()}
     for line in survey.describe():
         progress.note(line)
     if survey.nothing_to_do:
         progress.note("nothing to do: every output of every video listed is committed")
-        return RunResult(run=None, exit_code=0, summary={"listing": survey.listing_facts()})
+        return RunResult(run=None, exit_code=0, summary={"listing": dict(progress.listing)})
     survey.check_limits()
     if make_engine is None or job.engine.address == "none":
         engine: Engine = LocalEngine(survey.spec, length_s=job.clips.length_s)
@@ -98,15 +102,19 @@ class _Conductor:
         self.counts = Counts()
         self.by_output: dict[str, Counter[str]] = {}
         self.kinds: Counter[str] = Counter()
+        self.fallbacks: Counter[str] = Counter()
+        self.slowest: list[SlowClip] = []
         self.stop_reason: str | None = None
         self.exit_code = 0
+        self.on_gpu = False
         self.first_task_s: float | None = None
         self.first_commit_s: float | None = None
 
     def run(self, *, strict: bool) -> RunResult:
         survey, run = self.survey, self.survey.spec.run
+        self.progress.ids["run"] = run
         survey.open_output()
-        events = _Events(survey, run)
+        events = _Events(survey, run, self.progress)
         facts: Mapping[str, Any] = {}
         try:
             with self._signals():
@@ -149,9 +157,16 @@ class _Conductor:
             self.first_commit_s = elapsed
             self.first_task_s = elapsed - report.counts.stage_s.get("task", 0.0)
         self.counts = self.counts + report.counts
+        self.on_gpu = self.on_gpu or report.device == "cuda"
         self.progress.add(report.counts, supply.cost_of(report.task_id))
-        for _, _, kind, _ in report.failures:
+        for uri, name, kind, message in report.failures:
             self.kinds[kind] += 1
+            self.progress.event(
+                "failure", task=report.task_id, video=uri, output=name, kind=kind, message=message
+            )
+        self.fallbacks.update(report.fallbacks)
+        slowest = sorted([*self.slowest, *report.slowest], key=lambda c: -c.seconds)
+        self.slowest = slowest[:MAX_SLOWEST]
         for partition, status in report.committed.items():
             self.by_output.setdefault(partition, Counter())[status] += 1
         events.add(
@@ -177,8 +192,24 @@ class _Conductor:
                 f"{share:.0%} of {outcomes} outcomes failed for causes outside the files "
                 f"(limits.max_failed_share {limits.max_failed_share:.0%})"
             )
+        cost = sum(self._cost().values())
+        if limits.max_cost is not None and cost > limits.max_cost:
+            self._halt(f"limits.max_cost {limits.max_cost:g} is spent (about {cost:.2f} so far)")
         if limits.stop_after is not None and time.monotonic() - self.started > limits.stop_after:
             self._halt(f"limits.stop_after {human_s(limits.stop_after)} is over")
+
+    def _cost(self) -> dict[str, float]:
+        """About what the run has cost so far, by the job file's prices: decoders while they had a
+        task, GPUs from the start to now, requests."""
+        c, prices, engine = self.counts, self.job.cost, self.job.engine
+        gpus = 0 if not self.on_gpu else 1 if engine.predictors == "auto" else engine.predictors
+        gpu_h = gpus * (time.monotonic() - self.started) / 3600
+        requests = c.gets * prices.get_1000 / 1000 + c.puts * prices.put_1000 / 1000
+        return {
+            "cpu": round(c.stage_s.get("task", 0.0) / 3600 * prices.cpu_hour, 6),
+            "gpu": round(gpu_h * prices.gpu_hour, 6),
+            "requests": round(requests, 6),
+        }
 
     def _halt(self, reason: str) -> None:
         if self.stop_reason is None:
@@ -210,8 +241,7 @@ class _Conductor:
     def _finish(self, events: _Events, facts: Mapping[str, Any]) -> dict[str, Any]:
         """Writes the last events, the summary and the row of `runs`, if the store lets it."""
         elapsed = time.monotonic() - self.started
-        c, prices = self.counts, self.job.cost
-        cpu_h = sum(v for k, v in c.stage_s.items() if k == "task") / 3600
+        c = self.counts
         summary: dict[str, Any] = {
             "run": self.survey.spec.run,
             "started_at": self.now.isoformat(),
@@ -226,14 +256,11 @@ class _Conductor:
             "first_commit_s": self.first_commit_s and round(self.first_commit_s, 3),
             "outputs": {k: dict(v) for k, v in self.by_output.items()},
             "failures_by_kind": dict(self.kinds),
+            "fallbacks": dict(self.fallbacks.most_common()),
+            "slowest": [{**c._asdict(), "seconds": round(c.seconds, 3)} for c in self.slowest],
             "not_planned": self.survey.not_planned,
             "engine": dict(facts),
-            "cost": {
-                "cpu": round(cpu_h * prices.cpu_hour, 6),
-                "requests": round(
-                    c.gets / 1000 * prices.get_1000 + c.puts / 1000 * prices.put_1000, 6
-                ),
-            },
+            "cost": self._cost(),
             "versions": dict(self.survey.spec.versions),
         }
         try:
@@ -307,8 +334,8 @@ class _Supply:
 class _Events:
     """JSON lines of the driver, written as whole objects."""
 
-    def __init__(self, survey: Survey, run: str) -> None:
-        self._survey, self._run = survey, run
+    def __init__(self, survey: Survey, run: str, progress: Progress) -> None:
+        self._survey, self._run, self._progress = survey, run, progress
         self._lines: list[str] = []
         self._bytes = 0
         self._n = 0
@@ -318,6 +345,7 @@ class _Events:
         line = json.dumps({"t": datetime.now(UTC).isoformat(), "event": event, **facts})
         self._lines.append(line)
         self._bytes += len(line)
+        self._progress.event(event, **facts)
 
     def flush(self, *, force: bool = False) -> None:
         due = time.monotonic() - self._since > EVENTS_EVERY_S or self._bytes > EVENTS_BYTES

@@ -69,6 +69,18 @@ QUALIFY row_number() OVER (
 -- what nothing cured: no later generation of the clip, no newer model, no newer version
 SELECT * FROM failures_all
 SEMI JOIN coverage USING (sample, model, video_id, start_s, generation)""",
+    "shots": """
+-- a shot that goes on after its clip ends where the next one begins, the last one with the video
+WITH seen AS (
+    SELECT sample, model, video_id, max(end_frame) AS last_frame, max(end_s) AS last_s
+    FROM coverage WHERE status IN ('ok', 'partial') GROUP BY ALL
+)
+SELECT s.* REPLACE (
+    coalesce(end_frame, lead(start_frame) OVER later, last_frame) AS end_frame,
+    coalesce(end_s, lead(start_s) OVER later, last_s) AS end_s)
+FROM shots_all s JOIN seen USING (sample, model, video_id)
+SEMI JOIN current_models USING (sample, model, video_id)
+WINDOW later AS (PARTITION BY sample, model, video_id ORDER BY start_frame)""",
     "frames": """
 SELECT * FROM frames_all SEMI JOIN videos USING (sample, video_id)""",
 }

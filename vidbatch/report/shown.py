@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any
 from vidbatch.progress import human_bytes, human_s
 from vidbatch.report.runs import ENDS, Status, counts_of
 
+MAX_SLOWEST = 5
+"""Clips shown; the summary holds more."""
+
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
@@ -54,9 +57,15 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
         _add(table, model, ", ".join(f"{n} tasks {what}" for what, n in how.items()))
     for uri, why in summary.get("not_planned", {}).items():
         _add(table, "not planned", f"{uri}: {why}")
-    for uri, seconds in summary.get("slowest", ()):
-        _add(table, "slow", f"{uri}: {human_s(seconds)}")
+    for clip in summary.get("slowest", ())[:MAX_SLOWEST]:
+        read = f"{human_bytes(clip['bytes_read'])} in {clip['gets']} GETs"
+        text = f"{clip['uri']} from {clip['start_s']:.0f} s: {human_s(clip['seconds'])}, {read}"
+        _add(table, "slow", text)
+    for why, n in summary.get("fallbacks", {}).items():
+        _add(table, "decoded in order", f"{n} clips: {why}")
     for key, value in summary.get("engine", {}).items():
+        if isinstance(value, list):  # one entry per actor: for machines
+            continue
         text = value if isinstance(value, str) else json.dumps(value, default=str)
         _add(table, str(key), text)
     return table

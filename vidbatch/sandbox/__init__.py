@@ -18,6 +18,9 @@ from types import TracebackType
 from typing import Self
 
 from vidbatch.data import (
+    Audio,
+    AudioEnd,
+    AudioGrid,
     ByteSource,
     Clip,
     ClipRange,
@@ -61,13 +64,36 @@ class InProcess:
         geometries: Sequence[Geometry],
         context: bool,
         limits: DecodeLimits,
+        halo: int = 0,
+        following: Clip | None = None,
     ) -> Iterator[DecodeEvent]:
         """See `decode_clip`."""
         from vidbatch.decode import decode_clip  # PyAV: only where it is used
 
         return decode_clip(
-            source, clip, sample=sample, geometries=geometries, context=context, limits=limits
+            source,
+            clip,
+            sample=sample,
+            geometries=geometries,
+            context=context,
+            limits=limits,
+            halo=halo,
+            following=following,
         )
+
+    def audio(
+        self,
+        source: ByteSource,
+        clip: Clip,
+        *,
+        grids: Sequence[AudioGrid],
+        start_s: float,
+        limits: DecodeLimits,
+    ) -> Iterator[Audio | AudioEnd]:
+        """See `decode_audio`."""
+        from vidbatch.audio import decode_audio
+
+        return decode_audio(source, clip, grids=grids, start_s=start_s, limits=limits)
 
     def probe(
         self, source: ByteSource, *, limits: DecodeLimits, length_s: float, uri: str = "a video"

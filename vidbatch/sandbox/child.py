@@ -13,18 +13,31 @@ import json
 import mmap
 import os
 import pkgutil
+import resource
 import signal
 import socket
 import sys
 import traceback
+from bisect import bisect_right
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import av
 import numpy as np
 
-from vidbatch.data import Clip, DecodeLimits, Frames, Geometry, Pixels, Sample, VideoInfo
+from vidbatch.audio import decode_audio
+from vidbatch.data import (
+    AudioEnd,
+    AudioGrid,
+    Clip,
+    DecodeLimits,
+    Frames,
+    Geometry,
+    Pixels,
+    Sample,
+    VideoInfo,
+)
 from vidbatch.errors import MediaError, StoreError
 from vidbatch.sandbox import confine, wire
 
@@ -45,6 +58,11 @@ class ParentSource:
         self._sock = sock
         self._free = free
         self._blocks: OrderedDict[int, bytes] = OrderedDict()
+        self._borders: list[int] = []
+        """Of what was said to be read: the parent has it byte for byte, so no block goes across."""
+        self._unsaid: list[tuple[int, int]] = []
+        self._say_at = 0
+        """Where reading has come to the end of what was said."""
         self._abandoned = False
 
     def read_at(self, offset: int, length: int) -> bytes:
@@ -57,11 +75,25 @@ class ParentSource:
             if end - offset >= BLOCK_BYTES:
                 part = self._ask(offset, min(end - offset, wire.MAX_READ_BYTES))
             else:
-                start = offset // BLOCK_BYTES * BLOCK_BYTES
-                part = self._block(start)[offset - start : end - start]
+                start, block = self._block(offset)
+                part = block[offset - start : end - start]
             parts.append(part)
             offset += len(part)
         return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def want(self, extents: Sequence[tuple[int, int]]) -> None:
+        """Tells the parent; of a long list the beginning, and the rest when it has been read."""
+        self._borders = [border for extent in extents for border in extent]
+        self._blocks.clear()
+        self._unsaid = list(extents)
+        self._say()
+
+    def _say(self) -> None:
+        count = wire.EXTENTS_PER_MESSAGE
+        said, self._unsaid = self._unsaid[:count], self._unsaid[count:]
+        self._say_at = said[-1][1] if said else 0
+        if not self._abandoned:
+            wire.send(self._sock, {"op": "want", "extents": said})
 
     def take_slot(self) -> int:
         """The number of a slot that nobody reads; waits for one. Raises AbandonedError."""
@@ -69,18 +101,26 @@ class ParentSource:
             self._wait("free")
         return self._free.popleft()
 
-    def _block(self, start: int) -> bytes:
-        block = self._blocks.pop(start, None)
-        if block is None:
-            block = self._ask(start, min(BLOCK_BYTES, self.size_bytes - start))
-        self._blocks[start] = block
+    def _block(self, offset: int) -> tuple[int, bytes]:
+        """A block that holds this byte, and where it begins."""
+        for start, block in self._blocks.items():
+            if start <= offset < start + len(block):
+                self._blocks.move_to_end(start)
+                return start, block
+        i = bisect_right(self._borders, offset)
+        stop = (offset // BLOCK_BYTES + 1) * BLOCK_BYTES
+        stop = min([stop, self.size_bytes, *self._borders[i : i + 1]])
+        block = self._ask(offset, stop - offset)
+        self._blocks[offset] = block
         if len(self._blocks) > BLOCKS:
             self._blocks.popitem(last=False)
-        return block
+        return offset, block
 
     def _ask(self, offset: int, length: int) -> bytes:
         if self._abandoned:
             raise AbandonedError("the job was abandoned")
+        if self._unsaid and offset >= self._say_at:
+            self._say()
         try:
             wire.send(self._sock, {"op": "read", "offset": offset, "length": length})
             data = self._wait("bytes")
@@ -117,6 +157,7 @@ class Child:
         wire.send(self._sock, {"op": "ready"})
         jobs: dict[str, Callable[[wire.Header], None]] = {
             "decode": self._run_decode,
+            "audio": self._run_audio,
             "probe": self._run_probe,
         }
         while True:
@@ -150,6 +191,8 @@ class Child:
             sample=wire.unpack(Sample, job["sample"]),
             geometries=geometries,
             context=job["context"],
+            halo=job["halo"],
+            following=job["following"] and wire.unpack(Clip, job["following"]),
             limits=wire.unpack(DecodeLimits, job["limits"]),
         )
         for event in events:
@@ -166,8 +209,35 @@ class Child:
         room = self._window[slot * slot_bytes : (slot + 1) * slot_bytes]
         for key, view in wire.pixel_views(room, geometries, n):
             np.copyto(view, frames.pixels[key], casting="no")
-        head = {"op": "frames", "slot": slot, "n": n, "context": frames.context}
+        head = {
+            "op": "frames",
+            "slot": slot,
+            "n": n,
+            "context": frames.context,
+            "halo": frames.halo,
+        }
         wire.send(self._sock, head, wire.pack_columns(frames))
+
+    def _run_audio(self, job: wire.Header) -> None:
+        grids = wire.unpack_list(AudioGrid, job["grids"])
+        source = ParentSource(self._sock, job["size_bytes"], deque(job["slots"]))
+        events = decode_audio(
+            source,
+            wire.unpack(Clip, job["clip"]),
+            grids=grids,
+            start_s=job["start_s"],
+            limits=wire.unpack(DecodeLimits, job["limits"]),
+        )
+        for event in events:
+            if isinstance(event, AudioEnd):
+                wire.send(self._sock, {"op": "end", "value": wire.pack(event)})
+                continue
+            slot = source.take_slot()
+            start = slot * job["slot_bytes"]
+            room = self._window[start : start + event.nbytes].view(np.float32)
+            np.copyto(room, event.samples.reshape(-1))
+            head = {"op": "sound", "slot": slot, "grid": grids.index(event.grid)}
+            wire.send(self._sock, head, event.keys.astype("<i8").tobytes())
 
     def _run_probe(self, job: wire.Header) -> None:
         source = ParentSource(self._sock, job["size_bytes"], deque())
@@ -193,12 +263,37 @@ def _map(fd: int, size_bytes: int) -> Pixels:
     return np.ctypeslib.as_array((ctypes.c_uint8 * size_bytes).from_address(address))
 
 
-def _end_without_memory(*_: object) -> NoReturn:
-    """Ends the process on the spot, as FFmpeg's error ENOMEM and any other want of memory.
-
-    A decoder would count the packet as damaged, and a large picture be taken for a broken file.
-    """
+def _end_without_memory() -> NoReturn:
+    """Ends the process on the spot: an exception might be swallowed on its way up."""
     os._exit(wire.OUT_OF_MEMORY)
+
+
+def _judge_enomem(memory_bytes: int) -> Callable[..., Exception]:
+    """What stands for the class of FFmpeg's error ENOMEM.
+
+    FFmpeg also says it of a size in a broken file that no memory could hold (170 of 20,000
+    mutated files): that is damage and stays an error. Where a quarter of the memory has ever been
+    used, or is not to be had now, the process ends: a decoder would count the packet as damaged.
+    """
+    error_class = av.error.classes[errno.ENOMEM]
+    much_bytes = max(mmap.PAGESIZE, memory_bytes // 4)
+    peak_bytes = _peak_bytes()
+
+    def judge(*args: Any) -> Exception:
+        try:
+            mmap.mmap(-1, much_bytes).close()
+        except (OSError, MemoryError):
+            _end_without_memory()
+        if _peak_bytes() - peak_bytes > much_bytes:
+            _end_without_memory()
+        error: Exception = error_class(*args)
+        return error
+
+    return judge
+
+
+def _peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def main() -> NoReturn:
@@ -215,7 +310,7 @@ def main() -> NoReturn:
     window = _map(numbers["memory_fd"], numbers["window_bytes"])
     os.close(numbers["memory_fd"])  # no descriptor left to resize the parent's view with
     sock = socket.socket(fileno=numbers["socket_fd"])
-    av.error.classes[errno.ENOMEM] = _end_without_memory
+    av.error.classes[errno.ENOMEM] = _judge_enomem(numbers["memory_bytes"])
     confine.lock(numbers["memory_bytes"])
     try:
         Child(sock, window, decode, probe).serve()

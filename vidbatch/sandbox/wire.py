@@ -3,12 +3,14 @@
     message = header length (u32) | payload length (u32) | header (a JSON object) | payload
 
     parent → child                            child → parent
-      decode, probe   a job                     ready            imports done, locked in
+      decode, audio, probe   a job              ready            imports done, locked in
       bytes           answer to a read          read             offset, length
-      free            a slot may be reused      info             VideoInfo
-      abandon         stop the job              frames           slot, n; payload: the columns
+      free            a slot may be reused      want             extents that will be read
+      abandon         stop the job              info             VideoInfo
+                                                frames           slot, n; payload: the columns
+                                                sound            slot, grid; payload: the keys
                                                 ranges           some ClipRanges
-                                                end              ClipEnd
+                                                end              ClipEnd, or AudioEnd
                                                 done, error, bug, abandoned   the job is over
 
 The parent trusts nothing that comes back: after an exploited codec the child is an attacker.
@@ -45,6 +47,8 @@ MAX_HEADER_BYTES = 64 * 1024
 MAX_READ_BYTES = 16 * 2**20
 """Of one read request, as large as the ranges that the reader of a clip fetches."""
 RANGES_PER_MESSAGE = 128
+EXTENTS_PER_MESSAGE = 1024
+"""Of 64-bit numbers they fit a header; each stands for a MiB of the object or more."""
 OUT_OF_MEMORY = 77
 """Exit code of a child that could not allocate."""
 _MAX_TEXT = 2000
@@ -61,6 +65,7 @@ COLUMNS: tuple[tuple[str, str, int], ...] = (
     ("is_keyframe", "|u1", 1),
     ("is_corrupt", "|u1", 1),
     ("source_px", "<i8", 2),
+    ("ordinal", "<i8", 1),
 )
 """(name, type, width) of what a frames message carries besides the pixels, column after column."""
 ROW_BYTES = sum(np.dtype(kind).itemsize * width for _, kind, width in COLUMNS)
@@ -155,6 +160,21 @@ def unpack_list(kind: type[T], value: Any) -> list[T]:
     if not isinstance(value, list):
         raise BreachError("a list that is none")
     return [unpack(kind, item) for item in value]
+
+
+def unpack_extents(value: Any, size_bytes: int) -> list[tuple[int, int]]:
+    """Half-open ranges of bytes inside an object, rising and apart. Raises BreachError."""
+    if not isinstance(value, list) or len(value) > EXTENTS_PER_MESSAGE:
+        raise BreachError("extents that are no short list")
+    extents: list[tuple[int, int]] = []
+    at = 0
+    for pair in value:
+        start, stop = pair if isinstance(pair, list) and len(pair) == 2 else (-1, -1)
+        if not at <= _int(start) < _int(stop) <= size_bytes:
+            raise BreachError(f"the extent {str(pair)[:60]} after {at} of {size_bytes}")
+        extents.append((start, stop))
+        at = stop
+    return extents
 
 
 def _unpack(hint: Any, value: Any) -> Any:

@@ -147,7 +147,7 @@ class S3Store(Store):
             self._drop(said)
             raise changed(self.uri_of(key))
         first, _, total = said.get("ContentRange", "").removeprefix("bytes ").partition("/")
-        whole = not total and offset == 0 and said["ContentLength"] <= length
+        whole = not total and offset == 0 and said.get("ContentLength", 0) <= length
         if not whole and first.partition("-")[0] != str(offset):
             self._drop(said)
             raise StoreError(
@@ -156,7 +156,7 @@ class S3Store(Store):
                 " Range",
                 kind="no_range",
             )
-        data = self._read(said, key)
+        data = self._read(said, key, most=length)
         expected = len(data) if whole or total == "*" else min(length, int(total) - offset)
         if len(data) != expected:
             raise self._short(key, len(data), expected)
@@ -194,18 +194,30 @@ class S3Store(Store):
             raise _translate(error, self.uri_of(key)) from error
         return answer
 
-    def _read(self, answer: dict[str, Any], key: str) -> bytes:
-        """The body of an answer, complete."""
+    def _read(self, answer: dict[str, Any], key: str, most: int | None = None) -> bytes:
+        """The body of an answer, complete; one that is longer than `most` is not read."""
         from fsspec.asyn import sync
 
+        declared = answer.get("ContentLength")
+        if declared is None:
+            self._drop(answer)
+            raise StoreError(
+                f"{shown(self.uri_of(key))}: the store does not say how long its answer is; it is"
+                " not read, for it may have no end — use a store or a proxy that sends"
+                " Content-Length",
+                kind="no_length",
+            )
+        if most is not None and declared > most:
+            self._drop(answer)
+            raise self._short(key, declared, most)
         try:
             data: bytes = sync(_connect(self.settings).loop, answer["Body"].read)
         except _failures() as error:
             raise _translate(error, self.uri_of(key)) from error
         finally:
             self._drop(answer)
-        if len(data) != answer["ContentLength"]:
-            raise self._short(key, len(data), answer["ContentLength"])
+        if len(data) != declared:
+            raise self._short(key, len(data), declared)
         return data
 
     def _drop(self, answer: dict[str, Any]) -> None:

@@ -2,7 +2,8 @@
 
 schemas   columns, keys and paths as constants
 outcomes  how clips ended → `coverage`, `failures`; what may stand in a message
-rows      frames and predictions of a task → sorted Arrow tables
+columns   what a model says of a chunk → columns
+rows      chunks and predictions of a task → sorted Arrow tables
 parquet   Arrow tables ↔ Parquet bytes and their check
 """
 

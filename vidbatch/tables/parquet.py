@@ -87,12 +87,14 @@ def encode(name: str, table: pa.Table, metadata: Mapping[str, str]) -> bytes:
 def write(table: pa.Table, metadata: Mapping[str, str], *, sorted_by: Sequence[str] = ()) -> bytes:
     """Any table as Parquet: zstd 1, dictionaries for strings alone, vectors PLAIN, page index.
 
-    No statistics of vector elements: their minimum says nothing and every page would carry one.
+    No statistics of vector elements and masks: their minimum says nothing and every page would
+    carry one.
     No Arrow schema inside: other readers trip over it.
     """
     schema = table.schema
     strings = [f.name for f in schema if pa.types.is_string(f.type) or _is_dictionary(f.type)]
     vectors = [f.name for f in schema if pa.types.is_list(f.type)]
+    unordered = {*vectors, *(f.name for f in schema if pa.types.is_binary(f.type))}
     group_rows = ROW_GROUP_ROWS
     if "embedding" in vectors and len(table):
         group_rows = max(1, ROW_GROUP_BYTES * len(table) // max(table["embedding"].nbytes, 1))
@@ -104,7 +106,7 @@ def write(table: pa.Table, metadata: Mapping[str, str], *, sorted_by: Sequence[s
         compression="zstd",
         compression_level=1,
         use_dictionary=strings or False,
-        write_statistics=[f.name for f in schema if f.name not in vectors] or False,
+        write_statistics=[f.name for f in schema if f.name not in unordered] or False,
         column_encoding={f"{name}.list.element": "PLAIN" for name in vectors} or None,
         sorting_columns=order or None,
         store_schema=False,

@@ -1,4 +1,4 @@
-"""Frames and predictions of one task → the rows of one output, as sorted Arrow tables."""
+"""Chunks and predictions of one task → the rows of one output, as sorted Arrow tables."""
 
 from __future__ import annotations
 
@@ -10,30 +10,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from vidbatch.data import (
-    FRAMES,
-    Clip,
-    Frames,
-    Ints,
-    ModelSpec,
-    Outcome,
-    Output,
-    Predictions,
-    Singles,
-    Task,
-    VideoInfo,
-    chunk_rows,
-)
-from vidbatch.errors import ModelError
+from vidbatch.data import FRAMES, Chunk, Clip, Frames, Outcome, Output, Predictions, Task, VideoInfo
+from vidbatch.tables.columns import Answer, Columns, frame_columns, key_columns
 from vidbatch.tables.outcomes import outcome_tables
 from vidbatch.tables.parquet import sort_rows
 from vidbatch.tables.schemas import SCHEMAS, result_tables
 
-Columns = dict[str, Any]
-"""Column → array of one chunk; `at` is the position of the row's frame in the chunk."""
-
 Chunks = list[tuple[Columns, dict[str, Columns]]]
-"""Of each chunk of a clip: the key of its frames, and table → columns after the key."""
+"""Of each chunk of a clip: the key of its rows, and table → columns after the key."""
 
 
 class OutputRows:
@@ -51,40 +35,34 @@ class OutputRows:
         self.output = output
         self.task = task
         self.tables = result_tables(output)
+        spec = output.spec
+        self._by_frame = spec is None or (spec.window is None and spec.audio is None)
         self._chunks: dict[Clip, Chunks] = {clip: [] for clip in task.clips}
 
-    def add(self, clip: Clip, frames: Frames, predictions: Predictions | None) -> None:
-        """Takes a chunk of a clip, in display order, with what the model says of it.
+    def add(self, clip: Clip, chunk: Chunk, predictions: Predictions | None) -> None:
+        """Takes a chunk of a clip, in order of time, with what the model says of it.
 
         Labels of a frame get rank 1, 2, … and boxes detection_id 0, 1, … by falling score (equal
         scores: by label_id, then as they came). A feature that is NaN gives no row, a context
-        frame none at all.
+        frame or halo none at all. The first sampled frame of a video begins its first shot.
 
         Args:
-            predictions: one item per item of `frames`, or per row of it (the context frame left
-                out already); None for the output `frames`.
+            predictions: one item per row of the chunk, or of a context frame and the rows; None
+                for the output `frames`.
 
         Raises:
             ModelError: the predictions are not what the model's spec allows.
         """
-        rows = chunk_rows(frames)
-        key = {
-            "frame_index": np.array(frames.frame_index[rows], np.int64),
-            "pts": np.array(frames.pts[rows], np.int64),
-            "has_pts": np.array(frames.has_pts[rows], np.bool_),
-            "time_s": np.array(frames.time_s[rows], np.float64),
-        }
-        spec = self.output.spec
-        if (spec is None) != (predictions is None):
+        if (self.output.spec is None) != (predictions is None):
             raise ValueError(f"output {self.output.name}: predictions go with models alone")
-        if spec is None or predictions is None:
-            found = {FRAMES: _frame_rows(frames, rows)}
+        if predictions is not None:
+            opens = clip.first_keyframe == 0 and not self._chunks[clip]
+            found = Answer(self.output, clip, chunk, predictions, opens=opens).columns()
+        elif isinstance(chunk, Frames):
+            found = {FRAMES: frame_columns(chunk)}
         else:
-            if predictions.n not in (len(frames), frames.num_rows):
-                raise _refused(spec, clip, f"{predictions.n} answers for {len(frames)} frames")
-            skip = predictions.n - frames.num_rows
-            found = {name: _ROWS[name](spec, clip, predictions, skip) for name in spec.gives}
-        self._chunks[clip].append((key, found))
+            raise ValueError(f"{FRAMES} are no {type(chunk).__name__}")
+        self._chunks[clip].append((key_columns(chunk), found))
 
     def drop(self, clip: Clip) -> None:
         """Forgets all rows of a clip: it failed, or is decoded again from its start."""
@@ -121,8 +99,8 @@ class OutputRows:
         for clip in sorted(by_clip, key=lambda c: (c.video.video_id, c.first_keyframe)):
             if by_clip[clip].status == "failed":
                 continue
-            rows = sum(len(key["frame_index"]) for key, _ in self._chunks[clip])
-            if rows != by_clip[clip].frames:
+            rows = sum(len(key["time_s"]) for key, _ in self._chunks[clip] if "time_s" in key)
+            if self._by_frame and rows != by_clip[clip].frames:
                 raise ValueError(
                     f"clip at {clip.start_s} s of {clip.video.uri}: {rows} frames came as rows, "
                     f"its outcome counts {by_clip[clip].frames}"
@@ -136,122 +114,17 @@ class OutputRows:
                     tables[name] = videos
             else:
                 tables[name] = sort_rows(name, _table(name, kept))
+                if name == "shots":
+                    tables[name] = _close_shots(tables[name], kept, by_clip)
         coverage = outcome_tables(self.task, outcomes, run=run, now=now)
         return tables | {k: v for k, v in coverage.items() if k == "coverage" or len(v)}
-
-
-def _refused(spec: ModelSpec, clip: Clip, what: str) -> ModelError:
-    return ModelError(
-        f"model {spec.name} gave {what} — clip at {clip.start_s} s of {clip.video.uri} — "
-        "none of its rows are kept",
-        kind="bad_predictions",
-        advice="correct the model or its model file; its version then changes",
-    )
-
-
-def _frame_rows(frames: Frames, rows: slice) -> Columns:
-    return {
-        "at": np.arange(frames.num_rows),
-        "covers_s": np.array(frames.covers_s[rows], np.float64),
-        "is_keyframe": np.array(frames.is_keyframe[rows], np.bool_),
-        "is_corrupt": np.array(frames.is_corrupt[rows], np.bool_),
-    }
-
-
-def _ranked(
-    spec: ModelSpec, clip: Clip, item: Ints, label_id: Ints, score: Singles, skip: int
-) -> tuple[Ints, Ints]:
-    """Rows without context, by frame and falling score: (their positions, ordinal in the frame)."""
-    if len(label_id) and not 0 <= int(label_id.min()) <= int(label_id.max()) < len(spec.labels):
-        raise _refused(spec, clip, f"a label_id outside 0..{len(spec.labels) - 1}")
-    if not np.isfinite(score).all():
-        raise _refused(spec, clip, "a score that is not finite")
-    order = np.lexsort((label_id, -score, item))
-    order = order[item[order] >= skip]
-    sorted_items = item[order]
-    return order, np.arange(len(order)) - np.searchsorted(sorted_items, sorted_items, side="left")
-
-
-def _label_rows(spec: ModelSpec, clip: Clip, predictions: Predictions, skip: int) -> Columns:
-    labels = predictions.labels
-    order, ordinal = _ranked(spec, clip, labels.item, labels.label_id, labels.score, skip)
-    label_id = labels.label_id[order]
-    return {
-        "at": labels.item[order] - skip,
-        "rank": (ordinal + 1).astype(np.int32),
-        "label": _names(spec, label_id),
-        "label_id": label_id.astype(np.int32),
-        "score": labels.score[order].astype(np.float32),
-    }
-
-
-def _box_rows(spec: ModelSpec, clip: Clip, predictions: Predictions, skip: int) -> Columns:
-    boxes = predictions.boxes
-    if not np.isfinite(boxes.xyxy).all():
-        raise _refused(spec, clip, "a box that is not finite")
-    order, ordinal = _ranked(spec, clip, boxes.item, boxes.label_id, boxes.score, skip)
-    label_id, xyxy = boxes.label_id[order], boxes.xyxy[order].astype(np.float32)
-    columns = {
-        "at": boxes.item[order] - skip,
-        "detection_id": ordinal.astype(np.int32),
-        "label": _names(spec, label_id),
-        "label_id": label_id.astype(np.int32),
-        "score": boxes.score[order].astype(np.float32),
-    }
-    return columns | {n: xyxy[:, i] for i, n in enumerate(("x_min", "y_min", "x_max", "y_max"))}
-
-
-def _names(spec: ModelSpec, label_id: Ints) -> pa.Array:
-    names = pa.array(spec.labels, pa.string())
-    return names.take(pa.array(label_id, pa.int64()))
-
-
-def _embedding_rows(spec: ModelSpec, clip: Clip, predictions: Predictions, skip: int) -> Columns:
-    vectors = predictions.embeddings
-    if vectors.shape != (predictions.n, spec.dim):
-        raise _refused(spec, clip, f"embeddings {vectors.shape}, not ({predictions.n}, {spec.dim})")
-    if not np.isfinite(vectors).all():
-        raise _refused(spec, clip, "an embedding that is not finite")
-    vectors = np.array(vectors[skip:], np.float32, order="C")
-    offsets = np.arange(len(vectors) + 1, dtype=np.int32) * np.int32(spec.dim)
-    kind = SCHEMAS["embeddings"].field("embedding").type
-    return {
-        "at": np.arange(len(vectors)),
-        "embedding": pa.ListArray.from_arrays(offsets, pa.array(vectors.reshape(-1)), type=kind),
-    }
-
-
-def _feature_rows(spec: ModelSpec, clip: Clip, predictions: Predictions, skip: int) -> Columns:
-    values = predictions.features
-    if values.shape != (predictions.n, len(spec.features)):
-        raise _refused(
-            spec, clip, f"features {values.shape}, not ({predictions.n}, {len(spec.features)})"
-        )
-    if np.isinf(values).any():
-        raise _refused(spec, clip, "an infinite feature")
-    by_name = sorted(range(len(spec.features)), key=lambda i: spec.features[i])
-    values = values[skip:, by_name]
-    at, which = np.nonzero(~np.isnan(values))
-    names = pa.array([spec.features[i] for i in by_name], pa.string())
-    return {
-        "at": at,
-        "feature": names.take(pa.array(which, pa.int64())),
-        "value": values[at, which].astype(np.float32),
-    }
-
-
-_ROWS = {
-    "labels": _label_rows,
-    "detections": _box_rows,
-    "embeddings": _embedding_rows,
-    "features": _feature_rows,
-}
 
 
 def _table(name: str, clips: Sequence[tuple[Clip, Chunks]]) -> pa.Table:
     """The rows of one table; vectors stay in the chunks they came in, all else is joined."""
     parts: defaultdict[str, list[Any]] = defaultdict(list)
     counts, videos = [], []
+    schema = SCHEMAS[name]
     for clip, chunks in clips:
         video = clip.video
         videos.append((video.video_id, video.uri, video.source))
@@ -259,13 +132,15 @@ def _table(name: str, clips: Sequence[tuple[Clip, Chunks]]) -> pa.Table:
         for key, found in chunks:
             columns = dict(found[name])
             at = columns.pop("at")
-            parts["pts"].append(pa.array(key["pts"][at], mask=~key["has_pts"][at]))
-            for column in ("frame_index", "time_s"):
-                parts[column].append(key[column][at])
+            key = {column: values for column, values in key.items() if column not in columns}
+            for column, values in key.items():
+                if column in schema.names:
+                    of_row = values[at] if isinstance(values, np.ndarray) else values.take(at)
+                    parts[column].append(of_row)
             for column, values in columns.items():
                 parts[column].append(values)
     which = pa.array(np.repeat(np.arange(len(counts)), counts), pa.int32())
-    schema, rows = SCHEMAS[name], sum(counts)
+    rows = sum(counts)
     for i, column in enumerate(("video_id", "uri", "source")):
         parts[column] = [pa.array([v[i] for v in videos], pa.string()).take(which)]
     arrays = []
@@ -275,6 +150,24 @@ def _table(name: str, clips: Sequence[tuple[Clip, Chunks]]) -> pa.Table:
             chunks_of = [np.concatenate(chunks_of)]
         arrays.append(pa.chunked_array([pa.array(c, field.type) for c in chunks_of], field.type))
     return pa.Table.from_arrays(arrays, schema=schema)
+
+
+def _close_shots(
+    table: pa.Table, clips: Sequence[tuple[Clip, Chunks]], outcomes: Mapping[Clip, Outcome]
+) -> pa.Table:
+    """Shots end where the next of the clip begins; the last of a video with it, else with null."""
+    counts = [sum(len(found["shots"]["at"]) for _, found in chunks) for _, chunks in clips]
+    stops = np.cumsum(counts).tolist()
+    lasts = {stop - 1: clip for (clip, _), n, stop in zip(clips, counts, stops, strict=True) if n}
+    for unit in ("frame", "s"):
+        ends: list[Any] = [*table[f"start_{unit}"].to_pylist()[1:], None]
+        for row, clip in lasts.items():
+            over = clip.end_keyframe is None
+            ends[row] = getattr(outcomes[clip], f"end_{unit}") if over else None
+        at = table.schema.get_field_index(f"end_{unit}")
+        field = table.schema.field(at)
+        table = table.set_column(at, field, pa.array(ends[: len(table)], field.type))
+    return table
 
 
 def _video_rows(task: Task, infos: Mapping[str, VideoInfo | None], run: str) -> pa.Table:

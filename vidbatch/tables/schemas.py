@@ -1,8 +1,8 @@
 """The tables of schema v1 as Arrow constants, their keys, and where their files lie.
 
-Portable types only: string, bool, int32, int64, float32, float64, timestamp(us, UTC), and lists of
-float32 or string. Key columns are never null. `sample`, `model` and `dt` stand in the path alone.
-A change here is a new SCHEMA_VERSION, hence a new root beside `v1/`.
+Portable types only: string, binary, bool, int32, int64, float32, float64, timestamp(us, UTC), and
+lists of float32 or string. Key columns are never null. `sample`, `model` and `dt` stand in the path
+alone. A change here is a new SCHEMA_VERSION, hence a new root beside `v1/`.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ _TYPES: dict[str, pa.DataType] = {
     "float32": pa.float32(),
     "float64": pa.float64(),
     "time": _UTC,
+    "binary": pa.binary(),
     "strings": pa.list_(pa.field("element", pa.string(), nullable=False)),
     # Not a fixed-size list: two widths under one root break Polars, pyarrow, pandas, DataFusion.
     "vector": pa.list_(pa.field("element", pa.float32(), nullable=False)),
@@ -74,6 +75,25 @@ SCHEMAS: dict[str, pa.Schema] = {
         "x_min float32!", "y_min float32!", "x_max float32!", "y_max float32!",
     ),
     "features": _schema(*_FRAME_KEY, "feature string!", "value float32!"),
+    "masks": _schema(
+        *_FRAME_KEY, "label string!", "label_id int32!", "area float32!", "mask_rle binary",
+        "mask_width_px int32", "mask_height_px int32",
+    ),
+    "windows": _schema(
+        *_VIDEO_KEY, "start_s float64!", "end_s float64!", "start_frame int64!",
+        "end_frame int64!", "rank int32!", "label string!", "label_id int32!", "score float32!",
+    ),
+    "audio": _schema(
+        *_VIDEO_KEY, "start_s float64!", "end_s float64!", "kind string!", "label string!",
+        "value float32!",
+    ),
+    "shots": _schema(
+        *_VIDEO_KEY, "start_frame int64!", "end_frame int64", "start_s float64!",
+        "end_s float64", "score float32",
+    ),
+    "tracks": _schema(
+        *_FRAME_KEY, "detection_id int32!", "of_model string!", "track_id int64!", "label string",
+    ),
     "failures": _schema(
         *_VIDEO_KEY, "run string", "generation int32!", "stage string", "kind string",
         "message string", "advice string", "start_s float64!", "end_s float64!",
@@ -102,6 +122,11 @@ UNIQUE_KEYS: dict[str, tuple[str, ...]] = {
     "embeddings": ("video_id", "frame_index", "of_model", "detection_id", "end_frame"),
     "detections": ("video_id", "frame_index", "detection_id"),
     "features": ("video_id", "frame_index", "feature"),
+    "masks": ("video_id", "frame_index", "label_id"),
+    "windows": ("video_id", "start_frame", "end_frame", "rank"),
+    "audio": ("video_id", "start_s", "kind", "label"),
+    "shots": ("video_id", "start_frame"),
+    "tracks": ("video_id", "frame_index", "detection_id"),
     "failures": ("video_id", "start_s", "generation"),
     "models": ("fingerprint",),
     "runs": ("run",),
@@ -118,11 +143,19 @@ PARTITIONS: dict[str, tuple[str, ...]] = {
     "embeddings": ("sample", "model", "dt"),
     "detections": ("sample", "model", "dt"),
     "features": ("sample", "model", "dt"),
+    "masks": ("sample", "model", "dt"),
+    "windows": ("sample", "model", "dt"),
+    "audio": ("sample", "model", "dt"),
+    "shots": ("sample", "model", "dt"),
+    "tracks": ("sample", "model", "dt"),
     "failures": ("sample", "model", "dt"),
 }
 """The hive levels of each table's path, outermost first."""
 
-PARENTS_FIRST = ("videos", FRAMES, "detections", "labels", "embeddings", "features")
+PARENTS_FIRST = (
+    "videos", FRAMES, "detections", "labels", "embeddings", "features", "masks", "windows",
+    "audio", "shots",
+)  # fmt: skip
 """Result tables in the order they are put; `coverage` and `failures` follow them."""
 
 _NOWHERE = {"sample": "none", "model": "none", "dt": "1970-01-01"}
@@ -177,8 +210,20 @@ def output_of(spec: ModelSpec | None, sampling_fp: str) -> Output:
     if not spec.fingerprint:
         raise ValueError(f"model {spec.name} has no fingerprint")
     fingerprint = digest([spec.fingerprint, sampling_fp])
-    partition = f"{spec.name}-{spec.version}.{fingerprint[:8]}"
-    return Output(name=spec.name, partition=partition, fingerprint=fingerprint, spec=spec)
+    crop, of_model = spec.crop, None
+    if crop is not None:
+        of_model = _partition(crop.on, crop.version, digest([crop.parent, sampling_fp]))
+    return Output(
+        name=spec.name,
+        partition=_partition(spec.name, spec.version, fingerprint),
+        fingerprint=fingerprint,
+        spec=spec,
+        of_model=of_model,
+    )
+
+
+def _partition(name: str, version: str, fingerprint: str) -> str:
+    return f"{name}-{version}.{fingerprint[:8]}"
 
 
 def result_tables(output: Output) -> tuple[str, ...]:

@@ -1,6 +1,7 @@
-"""Models that need no weights: batched torch on uint8 frames, the same on CPU and GPU.
+"""Models that need no weights: batched torch, the same on CPU and GPU.
 
-All but `faces` share one geometry, so that they cost one scaling pass per sampled frame together.
+Those of frames, all but `faces`, share one geometry, so that they cost one scaling pass per
+sampled frame together.
 """
 
 from __future__ import annotations
@@ -19,6 +20,10 @@ CLASSES: dict[str, str] = {
     "shape": "vidbatch.models.builtin.shape:Shape",
     "motion": "vidbatch.models.builtin.motion:Motion",
     "phash": "vidbatch.models.builtin.phash:PerceptualHash",
+    "shots": "vidbatch.models.builtin.shots:Shots",
+    "loudness": "vidbatch.models.builtin.sound:Loudness",
+    "silence": "vidbatch.models.builtin.sound:Silence",
+    "spectrum": "vidbatch.models.builtin.sound:Spectrum",
     "null": "vidbatch.models.builtin.null:Null",
 }
 """`what.model` of the adapter `builtin` → its class."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from vidbatch.data import Batch
-from vidbatch.models.builtin.planes import THUMBNAIL, split_planes
+from vidbatch.models.builtin.planes import THUMBNAIL, hue_sixths, split_planes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,16 +44,7 @@ class Colour:
         value = high / 255
         saturation = spread / high.clamp(min=1)
         grey = (saturation < _MIN_SATURATION).logical_or_(value < _MIN_VALUE)
-        spread.clamp_(min=1)
-        hue = torch.where(  # in sixths of a turn from red, −1..5
-            high == red,
-            (green - blue).div_(spread),
-            torch.where(
-                high == green,
-                (blue - red).div_(spread).add_(2),
-                (red - green).div_(spread).add_(4),
-            ),
-        )
+        hue = hue_sixths(red, green, blue, high, spread)
         hue = hue.div_(6).remainder_(1)
         greys = _cut(value, _GREYS).add_(self.dim - _GREYS)
         bins = _cut(hue, self.hues).mul_(self.saturations).add_(_cut(saturation, self.saturations))

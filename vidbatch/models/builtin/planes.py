@@ -34,3 +34,19 @@ def luma_of(red: Tensor, green: Tensor, blue: Tensor) -> Tensor:
 def luma(pixels: Tensor) -> Tensor:
     """uint8 (B, H, W, 3) → float32 (B, H, W), 0..255; see `luma_of`."""
     return luma_of(*split_planes(pixels))
+
+
+def hue_sixths(red: Tensor, green: Tensor, blue: Tensor, high: Tensor, spread: Tensor) -> Tensor:
+    """Hue in sixths of a turn from red, −1..5, of planes with their maximum and max − min."""
+    import torch
+
+    spread = spread.clamp(min=1)
+    return torch.where(
+        high == red,
+        (green - blue).div_(spread),
+        torch.where(
+            high == green,
+            (blue - red).div_(spread).add_(2),
+            (red - green).div_(spread).add_(4),
+        ),
+    )
