@@ -336,9 +336,7 @@ def test_seconds_are_counted() -> None:
 def test_staging_ahead_gives_the_same() -> None:
     """Two batches staged before the first is computed do not share a buffer."""
     runner = Runner(three_models(4))
-    pieces = [
-        Piece(ticket=i, chunk=chunk(100 * i, 6, context=bool(i)), lo=0, hi=6) for i in (0, 1)
-    ]
+    pieces = [Piece(ticket=i, chunk=chunk(100 * i, 6, context=bool(i)), lo=0, hi=6) for i in (0, 1)]
     staged = [runner.stage([p]) for p in pieces]
     for piece, s in zip(pieces, staged, strict=True):
         (answers,) = runner.compute(s)
