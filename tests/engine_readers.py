@@ -103,6 +103,8 @@ def read_polars(root: Path, name: str) -> Facts:
 def _small(kind: pa.DataType) -> pa.DataType:
     if pa.types.is_large_list(kind):
         return pa.list_(_small(kind.value_type))
+    if pa.types.is_large_binary(kind):
+        return pa.binary()
     return STRING if pa.types.is_large_string(kind) else kind
 
 
@@ -132,6 +134,8 @@ def read_pandas(root: Path, name: str) -> Facts:
             values[n] = int(column.max().value // 1000)
         elif pa.types.is_string(kind):
             values[n] = max(str(v) for v in column)
+        elif pa.types.is_binary(kind):
+            values[n] = max(column).decode()
         else:
             values[n] = float(column.astype("float64").sum())
     types = {n: str(t) for n, t in frame.dtypes.items()}
@@ -145,10 +149,7 @@ def read_datafusion(root: Path, name: str) -> Facts:
     levels = [(k, pa.date32() if k == "dt" else STRING) for k in PARTITIONS[name]]
     context.register_parquet("t", str(root / "v1" / name), table_partition_cols=levels)
     table = context.sql("SELECT * FROM t").to_arrow_table()
-    fields = [
-        pa.field(f.name, STRING if pa.types.is_string_view(f.type) else plain(f.type))
-        for f in table.schema
-    ]
+    fields = [pa.field(f.name, plain(f.type)) for f in table.schema]
     return of_arrow(table.cast(pa.schema(fields)))
 
 
@@ -157,6 +158,8 @@ def plain(kind: pa.DataType) -> pa.DataType:
     if pa.types.is_list(kind):
         element = STRING if pa.types.is_string_view(kind.value_type) else kind.value_type
         return pa.list_(element)
+    if pa.types.is_string_view(kind) or pa.types.is_binary_view(kind):
+        return STRING if pa.types.is_string_view(kind) else pa.binary()
     if pa.types.is_timestamp(kind) and kind.tz == "+00:00":
         return MICROS
     return kind.value_type if pa.types.is_dictionary(kind) else kind

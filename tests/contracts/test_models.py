@@ -11,14 +11,14 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 import torch
 
 from tests.made_frames import make_frames
-from vidbatch.data import Batch, Frames, Model, Pixels, Predictions
+from vidbatch.data import Audio, Batch, Frames, Gives, Model, Pixels, Predictions
 from vidbatch.models.answers import check_predictions
 from vidbatch.models.builtin import BUILTINS
 from vidbatch.models.registry import ModelDef, create_model, resolve_model
@@ -29,7 +29,7 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "models"
 ENTRIES: dict[str, dict[str, Any]] = {name: {"builtin": name} for name in BUILTINS} | {
     path.name: {"file": path.name}
     for path in sorted(CONFIGS.glob("*.yaml"))
-    if "adapter: huggingface" not in path.read_text("utf-8")
+    if "s3://acme-models/" not in path.read_text("utf-8")
 }
 
 
@@ -70,15 +70,35 @@ def pictures(n: int = 7) -> list[Pixels]:
     return [some[i % len(some)] for i in range(n)]
 
 
-def batch_of(frames: Frames, model: Model) -> Batch:
-    pixels = torch.from_numpy(frames.pixels[model.spec.geometry.key].copy())
+def chunk_of(model: Model, n: int = 7) -> Frames | Audio:
+    """Pictures, or seconds of silence, a tone, noise, a click, for a model of sound."""
+    grid = model.spec.audio
+    if grid is None:
+        assert model.spec.geometry is not None
+        return make_frames(pictures(n), [model.spec.geometry])
+    rng, t = np.random.default_rng(7), np.arange(grid.samples) / grid.rate_hz
+    some = [np.zeros(grid.samples), np.sin(2 * np.pi * 440 * t), rng.uniform(-1, 1, grid.samples)]
+    some.append(np.eye(1, grid.samples)[0])
+    sound = np.stack([some[i % len(some)] for i in range(n)]).astype(np.float32)
+    return Audio(grid=grid, keys=np.arange(n, dtype=np.int64), samples=sound)
+
+
+def batch_of(chunk: Frames | Audio, model: Model) -> Batch:
+    if isinstance(chunk, Audio):
+        none = np.zeros((chunk.num_rows, 2), np.int64)
+        sound = torch.from_numpy(chunk.samples.copy())
+        return Batch(
+            pixels=None, previous=None, has_previous=None, source_px=none, samples=sound
+        )  # fmt: skip
+    assert model.spec.geometry is not None
+    pixels = torch.from_numpy(chunk.pixels[model.spec.geometry.key].copy())
     if not model.spec.context:
-        return Batch(pixels=pixels, previous=None, has_previous=None, source_px=frames.source_px)
+        return Batch(pixels=pixels, previous=None, has_previous=None, source_px=chunk.source_px)
     return Batch(
         pixels=pixels,
         previous=pixels.roll(1, 0),
         has_previous=torch.arange(len(pixels)) > 0,
-        source_px=frames.source_px,
+        source_px=chunk.source_px,
     )
 
 
@@ -92,15 +112,17 @@ def assert_same(one: Predictions, other: Predictions) -> None:
         np.testing.assert_array_equal(a.label_id, b.label_id)
         np.testing.assert_allclose(a.score, b.score, atol=1e-4)
     np.testing.assert_allclose(one.boxes.xyxy, other.boxes.xyxy, atol=1e-6)
+    np.testing.assert_allclose(one.cuts, other.cuts, atol=1e-5)
 
 
 def test_its_facts_are_whole(definition: ModelDef) -> None:
     spec = definition.spec
     assert re.fullmatch(r"[a-z][a-z0-9_-]*", spec.name)
     assert re.fullmatch(r"[0-9a-f]{64}", spec.fingerprint)
-    assert spec.gives and set(spec.gives) <= {"labels", "embeddings", "detections", "features"}
+    assert spec.gives and set(spec.gives) <= set(get_args(Gives))
+    assert (spec.geometry is None) == (spec.audio is not None) == ("audio" in spec.gives)
     assert bool(spec.dim) == ("embeddings" in spec.gives)
-    assert bool(spec.features) == ("features" in spec.gives)
+    assert bool(spec.features) <= (not {"features", "audio"}.isdisjoint(spec.gives))
     assert spec.kind and spec.batch >= 1
 
 
@@ -111,27 +133,28 @@ def test_it_travels(definition: ModelDef) -> None:
 
 
 def test_it_answers_what_its_spec_allows(model: Model) -> None:
-    frames = make_frames(pictures(), [model.spec.geometry])
-    answer = model.predict(batch_of(frames, model))
-    check_predictions(model.spec, answer, len(frames))
+    chunk = chunk_of(model)
+    answer = model.predict(batch_of(chunk, model))
+    check_predictions(model.spec, answer, chunk.num_rows)
     if model.spec.dim and model.spec.normalised:
         np.testing.assert_allclose(np.linalg.norm(answer.embeddings, axis=1), 1, atol=1e-5)
 
 
 def test_it_is_pure_and_leaves_its_input_alone(model: Model) -> None:
-    batch = batch_of(make_frames(pictures(), [model.spec.geometry]), model)
-    before = batch.pixels.clone()
+    batch = batch_of(chunk_of(model), model)
+    seen = batch.samples if batch.pixels is None else batch.pixels
+    before = seen.clone()
     first = model.predict(batch)
-    assert torch.equal(batch.pixels, before)
+    assert torch.equal(seen, before)
     assert_same(first, model.predict(batch))
 
 
 def test_an_item_does_not_depend_on_its_neighbours(model: Model) -> None:
-    frames = make_frames(pictures(), [model.spec.geometry])
+    chunk = chunk_of(model)
     runner = Runner([model])
-    n = frames.num_rows
-    (whole,) = runner.run([Piece(ticket=0, chunk=frames, lo=0, hi=n)])
-    parts = [Piece(ticket=i, chunk=frames, lo=i, hi=i + 1) for i in range(n)]
+    n = chunk.num_rows
+    (whole,) = runner.run([Piece(ticket=0, chunk=chunk, lo=0, hi=n)])
+    parts = [Piece(ticket=i, chunk=chunk, lo=i, hi=i + 1) for i in range(n)]
     alone = [answer[model.spec.name] for answer in runner.run(parts[::-1])][::-1]
     together = whole[model.spec.name]
     assert isinstance(together, Predictions)
@@ -147,8 +170,9 @@ def test_an_item_does_not_depend_on_its_neighbours(model: Model) -> None:
 
 def test_without_a_previous_frame_nothing_of_it_shows(model: Model) -> None:
     if not model.spec.context:
-        assert batch_of(make_frames(pictures(), [model.spec.geometry]), model).previous is None
+        assert batch_of(chunk_of(model), model).previous is None
         return
+    assert model.spec.geometry is not None
     frames = make_frames(pictures(), [model.spec.geometry])
     pixels = torch.from_numpy(frames.pixels[model.spec.geometry.key].copy())
     none = torch.zeros(len(frames), dtype=torch.bool)
@@ -162,7 +186,7 @@ def test_without_a_previous_frame_nothing_of_it_shows(model: Model) -> None:
 
 
 def test_it_can_be_closed_and_loaded_again(model: Model) -> None:
-    batch = batch_of(make_frames(pictures(), [model.spec.geometry]), model)
+    batch = batch_of(chunk_of(model), model)
     before = model.predict(batch)
     model.close()
     model.load("cpu")
@@ -204,8 +228,10 @@ def test_planning_imports_neither_torch_nor_cv2() -> None:
 
 @pytest.mark.gpu
 def test_a_gpu_gives_the_same(model: Model, cuda: str) -> None:
-    frames = make_frames(pictures(9), [model.spec.geometry], context=True)
-    piece = Piece(ticket=0, chunk=frames, lo=0, hi=frames.num_rows)
+    chunk: Frames | Audio = chunk_of(model, 9)
+    if model.spec.geometry is not None:
+        chunk = make_frames(pictures(9), [model.spec.geometry], context=True)
+    piece = Piece(ticket=0, chunk=chunk, lo=0, hi=chunk.num_rows)
     (here,) = Runner([model]).run([piece])
     runner = Runner([model], cuda)
     runner.load()
