@@ -35,15 +35,17 @@ class Raylets:
     def __init__(self, process: subprocess.Popen[str], facts: Mapping[str, Any]) -> None:
         self._process = process
         self.dashboard: str = facts["dashboard"]
-        self.metrics_ports: list[int] = facts["metrics_ports"]
-        """Of each node's agent, the head's first."""
+        self.metrics_ports: list[int] = list(facts["metrics_ports"])
+        """Of the agent of each node that is left, the head's first."""
 
     def kill_node(self) -> None:
         """Kills the raylet of the node with most decoders, and so everything on it."""
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.write("kill\n")
         self._process.stdin.flush()
-        assert self._process.stdout.readline() == "killed\n"
+        what, _, port = self._process.stdout.readline().partition(" ")
+        assert what == "killed"
+        self.metrics_ports.remove(int(port))
 
 
 @contextmanager
@@ -89,7 +91,7 @@ def _main() -> None:
         victim = max(nodes, key=_decoders_of)
         nodes.remove(victim)
         cluster.remove_node(victim, allow_graceful=False)
-        print("killed", flush=True)
+        print("killed", victim.metrics_export_port, flush=True)
     cluster.shutdown()
 
 
