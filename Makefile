@@ -6,7 +6,7 @@ PY := .venv/bin/python
 PIP_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-exhaustive check bench fuzz engines engines-current
+.PHONY: help setup demo test test-exhaustive check bench bench-decode bench-scale fuzz chaos engines engines-current
 
 help: ## what each verb does
 	@grep -E '^[a-z-]+:.*##' Makefile | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -36,9 +36,19 @@ check: setup ## ruff and mypy --strict
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 
-bench: setup ## ratios side by side: decode floor, vidbatch, Ray Data (which needs decord)
+bench: setup ## ratios side by side: decode floor, vidbatch, Ray Data (needs decord), Daft with --daft
 	$(PY) -m pip install --quiet decord==0.6.0
 	$(PY) -m tests.bench.job $(BENCH_ARGS)
+
+bench-decode: setup ## what sampling costs as a share of a full decode; beside other decoders
+	$(PY) -m pip install --quiet decord==0.6.0
+	$(PY) -m tests.bench.decode $(BENCH_ARGS)
+
+bench-scale: setup ## a million clips through driver, plan log and ledger (needs 2 GB in /dev/shm)
+	$(PY) -m tests.bench.scale $(BENCH_ARGS)
+
+chaos: setup ## the whole chaos suite: CHAOS_ARGS="--seed 2"
+	$(PY) -m tests.chaos.run $(CHAOS_ARGS)
 
 WRITER := $(wildcard vidbatch/tables/*.py) tests/engine_readers.py $(wildcard tests/engines_env/*.py tests/engines_env/*.txt)
 ENGINES_SEEN := tests/engines_env/seen.sha256

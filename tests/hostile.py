@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -143,9 +144,9 @@ def decode_clip(
         case "fat":  # a chunk larger than the decoder may make
             frames = make_frames(0, 200, geometries, False)
             columns = wire.pack_columns(frames)
-            _say('{"op":"frames","slot":0,"n":200,"context":false,"halo":0}', columns)
+            _say('["Rows",{"n":200,"context":false,"halo":0}]', columns)
         case "raw":
-            _say(LIES[argument])
+            _say(*LIES[argument] if isinstance(LIES[argument], tuple) else (LIES[argument],))
         case "attack":
             report = "; ".join(f"{name}: {_try(attack)}" for name, attack in ATTACKS.items())
             yield ClipEnd(
@@ -162,28 +163,40 @@ def probe(source: ByteSource, *, limits: DecodeLimits) -> tuple[VideoInfo, Any]:
     return INFO, source.size_bytes
 
 
-LIES = {
+def _pairs(*numbers: int) -> bytes:
+    return struct.pack(f"<{len(numbers)}q", *numbers)
+
+
+_END = '["ClipEnd",' + json.dumps(asdict(END)) + "]"
+LIES: dict[str, str | tuple[str, bytes]] = {
     "pickle": "\x80\x04K\x01.",
     "nested": "[" * 50_000,
     "list": "[]",
-    "noop": '{"op":5}',
-    "nan": '{"op":"end","value":NaN}',
-    "unknown": '{"op":"\\u0000"}',
-    "long": '{"op":"end","value":"' + "x" * 70_000 + '"}',
-    "end": '{"op":"end","value":{"status":"ok"}}',
-    "read": '{"op":"read","offset":0,"length":99999999999}',
-    "negative": '{"op":"read","offset":-5,"length":3}',
-    "want": '{"op":"want","extents":[[0,50001]]}',
-    "falling": '{"op":"want","extents":[[10,20],[19,30]]}',
-    "nothing": '{"op":"want","extents":[[10,10]]}',
-    "triple": '{"op":"want","extents":[[1,2,3]]}',
-    "wants": '{"op":"want","extents":[' + "[0,1]," * 5000 + "[0,1]]}",
-    "slot": '{"op":"frames","slot":77,"n":0,"context":false,"halo":0}',
-    "many": '{"op":"frames","slot":0,"n":1000000,"context":false}',
-    "short": '{"op":"frames","slot":0,"n":10,"context":false}',
-    "early": '{"op":"done"}',
-    "twice": '{"op":"info","value":{}}',
-    "ranges": '{"op":"ranges","value":[]}',
+    "noname": '[5,{"n":1}]',
+    "listed": '[["Read"],{"n":1}]',
+    "fields": '["Read",["offset","length"]]',
+    "nan": '["Sound",{"grid":NaN}]',
+    "infinite": _END.replace("0.1,", "1e999,"),
+    "vast": _END.replace("0.1,", "1" * 400 + ","),
+    "unknown": '["\\u0000",{}]',
+    "long": '["Bug",{"what":"' + "x" * 70_000 + '"}]',
+    "end": '["ClipEnd",{"status":"ok"}]',
+    "read": '["Read",{"offset":0,"length":99999999999}]',
+    "negative": '["Read",{"offset":-5,"length":3}]',
+    "want": ('["Want",{}]', _pairs(0, 50001)),
+    "falling": ('["Want",{}]', _pairs(10, 20, 19, 30)),
+    "nothing": ('["Want",{}]', _pairs(10, 10)),
+    "triple": ('["Want",{}]', _pairs(1, 2, 3)),
+    "flood": ('["Want",{}]', bytes(2**24 + 1)),
+    "many": '["Rows",{"n":1000000,"context":false,"halo":0}]',
+    "negative_rows": '["Rows",{"n":-1,"context":false,"halo":0}]',
+    "short": '["Rows",{"n":10,"context":false,"halo":0}]',
+    "halo": ('["Rows",{"n":0,"context":true,"halo":0}]'),
+    "sound": ('["Sound",{"grid":0}]', _pairs(1)),
+    "early": '["Done",{}]',
+    "ready": '["Ready",{}]',
+    "twice": '["VideoInfo",{}]',
+    "range": '["ClipRange",{}]',
 }
 
 

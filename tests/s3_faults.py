@@ -1,14 +1,22 @@
-"""A proxy before the tests' S3 server that injects faults: answers lost, cut, refused, delayed."""
+"""A proxy before the tests' S3 server that injects faults by method, key and n-th request.
+
+request ─▶ matches a `Fault`, or `draw` names one? ─▶ answered, held, cut, sent twice, …
+                                          │ no ─▶ passed on as it is
+"""
 
 from __future__ import annotations
 
 import http.client
+import re
 import socket
 import struct
 import threading
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import count
 from typing import Any, Literal
 
 import pytest
@@ -17,9 +25,14 @@ from tests.s3 import REGION, Server
 
 Action = Literal[
     "slow_down", "internal_error", "conflict", "forbidden", "archived",  # answered by the proxy
+    "expired",  # the same: this access key has had its day
     "reset", "hang",  # never reaches the server
     "lost",  # done by the server, the answer is lost
+    "twice",  # delivered twice; the second answer arrives
+    "held",  # under way until `release`; then it is done, and answered if anybody still listens
+    "late",  # the connection breaks, and what was sent is done at `release` all the same
     "cut", "short",  # half the body: cut off, or with headers that say it is all
+    "flip", "flip_sent",  # one bit of the answer's body, or of the request's
     "long", "endless",  # more than was asked for: some bytes, or without an end and a length
     "whole", "unconditional",  # the server never sees Range, or If-None-Match and If-Match
 ]  # fmt: skip
@@ -29,17 +42,22 @@ _ANSWERS = {
     "conflict": (409, "ConditionalRequestConflict"),
     "forbidden": (403, "AccessDenied"),
     "archived": (403, "InvalidObjectState"),
+    "expired": (400, "ExpiredToken"),
 }
 
 
 @dataclass
 class Fault:
-    """Befalls the next `times` requests of a method whose path holds `within`."""
+    """Befalls `times` requests of a method whose path matches `within`, from the `nth` one on."""
 
     action: Action
     method: str
     within: str = ""
+    """A regular expression, found anywhere in path and query."""
     times: int = 1
+    nth: int = 1
+    then: Callable[[], object] | None = None
+    """Called when a request has met it: before the client could see that anything happened."""
 
 
 @dataclass
@@ -54,16 +72,48 @@ class FaultProxy:
     """Of every request, names in lower case."""
     streamed_bytes: int = 0
     """Sent by endless answers."""
+    draw: Callable[[str, str], Action | None] = lambda method, path: None
+    """Names a fault for a request that no listed one befalls; called under `lock`."""
+    happened: Counter[str] = field(default_factory=Counter)
+    """Action → requests that it befell."""
+    valid_key: str | None = None
+    """The one access key that has not expired; its requests are signed anew with the server's."""
+    endpoint_url: str = ""
+    released: list[int] = field(default_factory=list)
+    """What the server answered to requests that were held or late."""
     lock: threading.Lock = field(default_factory=threading.Lock)
     over: threading.Event = field(default_factory=threading.Event)
+    held: list[threading.Event] = field(default_factory=list)
+    late: list[Callable[[], int]] = field(default_factory=list)
 
-    def next_fault(self, method: str, path: str) -> str:
+    def next_fault(self, method: str, path: str) -> Fault | None:
+        """What befalls this request."""
         with self.lock:
-            for fault in self.faults:
-                if fault.times and fault.method == method and fault.within in path:
+            found = self._listed(method, path)
+            if found is None and (action := self.draw(method, path)) is not None:
+                found = Fault(action, method)
+            if found is not None:
+                self.happened[found.action] += 1
+        return found
+
+    def _listed(self, method: str, path: str) -> Fault | None:
+        for fault in self.faults:
+            if fault.method == method and re.search(fault.within, path):
+                fault.nth -= 1
+                if fault.nth <= 0 < fault.times:
                     fault.times -= 1
-                    return fault.action
-        return ""
+                    return fault
+        return None
+
+    def release(self) -> None:
+        """Lets all held and late requests arrive now; returns when the late ones have."""
+        with self.lock:
+            held, self.held = self.held, []
+            late, self.late = self.late, []
+        for event in held:
+            event.set()
+        for deliver in late:
+            self.released.append(deliver())
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -78,7 +128,7 @@ class _Handler(BaseHTTPRequestHandler):
     def handle_one_request(self) -> None:
         try:
             super().handle_one_request()
-        except ConnectionError:
+        except (ConnectionError, http.client.HTTPException):
             self.close_connection = True
 
     def log_message(self, format: str, *args: Any) -> None:
@@ -87,33 +137,66 @@ class _Handler(BaseHTTPRequestHandler):
     def answer(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         self.proxy.headers.append({k.lower(): v for k, v in self.headers.items()})
-        action = self.proxy.next_fault(self.command, self.path)
+        fault = self.proxy.next_fault(self.command, self.path)
+        action = fault.action if fault else ""
+        key, signed = self.proxy.valid_key, self.headers.get("Authorization", "")
+        if key is not None and f"Credential={key}/" not in signed:
+            action = "expired"
+            self.proxy.happened[action] += 1
+        then = fault.then if fault and fault.then else lambda: None
         if action in _ANSWERS:
             status, code = _ANSWERS[action]
+            then()
             self._reply(status, [], f"<Error><Code>{code}</Code></Error>".encode())
         elif action == "hang":
+            then()
             self.proxy.over.wait()
             self.close_connection = True
         elif action == "reset":
+            then()
+            self._reset()
+        elif action == "late":
+            with self.proxy.lock:
+                self.proxy.late.append(lambda: self._send(action, body)[0].status)
+            then()
             self._reset()
         else:
-            self._pass_on(action, body)
+            self._pass_on(action, body, then)
 
     do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = answer  # noqa: N815
 
-    def _pass_on(self, action: str, body: bytes) -> None:
+    def _send(self, action: str, body: bytes) -> tuple[http.client.HTTPResponse, bytes]:
+        """The server's answer to this request."""
         headers = {k: v for k, v in self.headers.items() if k.lower() != "expect"}
         dropped = {"whole": ("range",), "unconditional": ("if-none-match", "if-match")}
-        if action in dropped:
-            headers = self._signed_without(dropped[action], headers, body)
+        if action in dropped or self.proxy.valid_key is not None:
+            headers = self._signed_without(dropped.get(action, ()), headers, body)
+        if action == "flip_sent":
+            body = _flipped(body)
         to = http.client.HTTPConnection(self.proxy.server.endpoint_url.rpartition("/")[2])
         to.request(self.command, self.path, body, headers)
         response = to.getresponse()
         data = response.read()
+        to.close()
+        return response, data
+
+    def _pass_on(self, action: str, body: bytes, then: Callable[[], object]) -> None:
+        if action == "held":
+            event = threading.Event()
+            with self.proxy.lock:
+                self.proxy.held.append(event)
+            then()
+            event.wait()
+        response, data = self._send(action, body)
+        if action == "twice":
+            response, data = self._send(action, body)
+        if action == "held":
+            self.proxy.released.append(response.status)
+        else:
+            then()
         length = int(response.getheader("Content-Length") or len(data))
         hop = ("content-length", "transfer-encoding", "connection", "date")
         kept = [(k, v) for k, v in response.getheaders() if k.lower() not in hop]
-        to.close()
         if action == "lost":
             self._reset()
         elif action == "cut":
@@ -126,6 +209,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif action == "endless":
             self._stream(response.status, kept)
         else:
+            data = _flipped(data) if action == "flip" else data
             self._reply(response.status, kept, data, length)
 
     def _signed_without(
@@ -143,6 +227,7 @@ class _Handler(BaseHTTPRequestHandler):
             "content-length",
             "x-amz-date",
             "x-amz-content-sha256",
+            "x-amz-security-token",
         )
         kept = {k: v for k, v in headers.items() if k.lower() not in mine}
         request = AWSRequest(self.command, server.endpoint_url + self.path, kept, body)
@@ -184,21 +269,58 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection = True
 
 
-class _Listener(ThreadingHTTPServer):
-    """One address for the whole session, so that clients need not be made anew for each test."""
+_flips = count(1)
 
+
+def _flipped(data: bytes) -> bytes:
+    """With another bit somewhere, each time elsewhere; nothing stays nothing."""
+    at = next(_flips) * 7919 % max(1, len(data))
+    return data[:at] + bytes([data[at] ^ 16]) + data[at + 1 :] if data else data
+
+
+class _Listener(ThreadingHTTPServer):
+    """An address, kept for a whole session, so that clients need not be made anew for each test."""
+
+    request_queue_size = 128
     proxy: FaultProxy
+
+
+@contextmanager
+def _listening(host: str = "127.0.0.1") -> Iterator[_Listener]:
+    with _Listener((host, 0), _Handler) as listener:
+        thread = threading.Thread(target=listener.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        try:
+            yield listener
+        finally:
+            listener.shutdown()
+            thread.join()
+
+
+@contextmanager
+def _proxy_at(listener: _Listener, server: Server) -> Iterator[FaultProxy]:
+    url = f"http://{listener.server_address[0]!s}:{listener.server_port}"
+    listener.proxy = FaultProxy(server, endpoint_url=url)
+    try:
+        yield listener.proxy
+    finally:
+        listener.proxy.over.set()
+        for event in listener.proxy.held:
+            event.set()
+
+
+@contextmanager
+def fault_proxy(server: Server, host: str = "127.0.0.1") -> Iterator[FaultProxy]:
+    """A proxy at an address of its own."""
+    with _listening(host) as listener, _proxy_at(listener, server) as proxy:
+        yield proxy
 
 
 @pytest.fixture(scope="session")
 def s3_listener() -> Iterator[_Listener]:
     """The socket of the proxy."""
-    with _Listener(("127.0.0.1", 0), _Handler) as listener:
-        thread = threading.Thread(target=listener.serve_forever, kwargs={"poll_interval": 0.02})
-        thread.start()
+    with _listening() as listener:
         yield listener
-        listener.shutdown()
-        thread.join()
 
 
 @pytest.fixture
@@ -206,7 +328,6 @@ def s3_proxy(
     s3_server: Server, s3_bucket: str, s3_listener: _Listener, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[FaultProxy]:
     """A proxy before the session's server; the environment leads to it."""
-    s3_listener.proxy = FaultProxy(s3_server)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{s3_listener.server_port}")
-    yield s3_listener.proxy
-    s3_listener.proxy.over.set()
+    with _proxy_at(s3_listener, s3_server) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint_url)
+        yield proxy

@@ -40,6 +40,7 @@ def run_models(
     length_s: float | None = None,
     isolate: bool = False,
     check: bool = True,
+    task_minutes: float = 10.0,
     make_engine: EngineFactory | None = None,
 ) -> RunResult:
     """One run; with `length_s` every video is cut at keyframes into clips of about that length."""
@@ -53,7 +54,7 @@ def run_models(
         "engine": {"address": "none"}
         if make_engine is None
         else {"decoders": 2, "object_store_cap": "200MiB"},
-        "limits": {"isolate": isolate},
+        "limits": {"isolate": isolate, "task_minutes": task_minutes},
     }
     result = run_job(parse_job(tree, base_dir=base_dir), make_engine=make_engine)
     if check:

@@ -57,6 +57,7 @@ def test_every_command_is_in_the_readme() -> None:
         (["sql", "videos-tables", "select count(*) as n from videos"], "12"),
         (["plan", "job.yaml"], "to do"),
         (["config", "check", "job.yaml"], "outputs"),
+        (["models", "bench", "motion", "--batch", "8"], "items/s"),
         (["run", "job.yaml"], ""),
         (["retry", "videos-tables"], ""),
     ],

@@ -108,12 +108,12 @@ def check_tiles(table: PacketTable, parts: list[ClipRange], length_s: float) -> 
 def check_segments(table: PacketTable, plan: Plan) -> None:
     """The packets that are read hold all wanted frames, and begin where nothing crosses."""
     runs = plan.segments()
-    packets = {n for run, _ in runs for n in range(run.start, run.stop)}
+    packets = {n for run in runs for n in range(run.start, run.stop)}
     assert packets >= {int(table.order[i]) for i in [*plan.context, *plan.covers]}
-    for run, first in runs:
+    for run in runs:
         shown = {int(table.ordinal[n]) for n in range(run.start, run.stop)} - {-1}
-        assert not shown or (min(shown) == first and len(shown) == max(shown) - first + 1)
-    assert sum(run.stop - run.start for run, _ in runs) == len(packets)
+        assert not shown or len(shown) == max(shown) - min(shown) + 1
+    assert sum(run.stop - run.start for run in runs) == len(packets)
 
 
 @settings(max_examples=100, deadline=None)

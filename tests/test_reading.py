@@ -30,7 +30,7 @@ from vidbatch.pipeline.order import RunSpec, WorkOrder
 from vidbatch.pipeline.reading import AHEAD, Sources
 from vidbatch.probe import clip_ranges, probe
 from vidbatch.sandbox import InProcess, Sandbox
-from vidbatch.sandbox.wire import unpack_extents
+from vidbatch.sandbox.wire import pack_extents, unpack_extents
 from vidbatch.storage import Store, open_store
 from vidbatch.storage.s3 import S3Store
 
@@ -322,11 +322,11 @@ def test_what_is_wanted_of_two_clips_rises() -> None:
         own = plan.extents(len(data), None, skip=skip)
         both = plan.extents(len(data), clips[2], skip=skip)
         assert both[: len(own)] == own
-        assert unpack_extents([list(e) for e in both], len(data)) == both
+        assert unpack_extents(pack_extents(both), len(data)) == both
         assert 0 < sum(b - a for a, b in both[len(own) :]) <= NEXT_BYTES
         behind = plan.extents(len(data), clips[0], skip=skip)
         assert behind == own, "what lies before is not wanted again"
-        ends = [int(table.pos[s.stop - 1] + table.size[s.stop - 1]) for s, _ in plan.segments()]
+        ends = [int(table.pos[s.stop - 1] + table.size[s.stop - 1]) for s in plan.segments()]
         assert all(any(a < end <= b for a, b in own) for end in ends)
 
 

@@ -46,7 +46,7 @@ def cage() -> Iterator[Cage]:
 
 
 def test_events_come_as_the_child_made_them(cage: Cage) -> None:
-    events = list(play(cage, "frames-9"))  # keeps all: beyond two chunks it holds copies
+    events = list(play(cage, "frames-9"))
     assert events[0] == hostile.INFO
     assert events[-1] == hostile.END
     for k, frames in enumerate(events[1:-1]):
@@ -65,15 +65,12 @@ def test_frames_stay_as_they_are_while_they_are_held() -> None:
         )
 
 
-def test_dropped_chunks_are_views_and_their_slots_return(cage: Cage) -> None:
-    owners = 0
-    for event in play(cage, "frames-20"):
-        if isinstance(event, Frames):
-            array = event.pixels[SMALL[0].key]
-            while isinstance(array.base, np.ndarray):
-                array = array.base
-            owners += array.flags.owndata
-    assert owners == 0, "a consumer that keeps nothing was given copies"
+def test_the_pixels_are_the_callers_to_change(cage: Cage) -> None:
+    _, first, second, _ = play(cage, "frames-2", geometries=SMALL[:1])
+    assert isinstance(first, Frames) and isinstance(second, Frames)
+    first.pixels[SMALL[0].key][:] = 99
+    first.pts[:] = 7
+    assert_equal(second, hostile.make_frames(10, 10, SMALL[:1], context=True))
 
 
 def test_no_geometry_gives_rows_without_pixels(cage: Cage) -> None:
@@ -81,23 +78,20 @@ def test_no_geometry_gives_rows_without_pixels(cage: Cage) -> None:
     assert [len(e) for e in events if isinstance(e, Frames)] == [10, 10]
 
 
-def test_bytes_come_from_the_parent_in_large_pieces(cage: Cage) -> None:
-    data = np.random.default_rng(7).integers(0, 256, 3 * 2**20 + 77, np.uint8).tobytes()
+def test_bytes_come_from_the_parent_as_they_are_asked_for(cage: Cage) -> None:
+    data = np.random.default_rng(7).integers(0, 256, 3 * 2**18 + 77, np.uint8).tobytes()
     source = Bytes(data)
-    _, frames, _ = play(cage, "sum-4096", source)
+    _, frames, _ = play(cage, "sum-65536", source)
     assert isinstance(frames, Frames)
     assert frames.frame_index[0] == sum(data)
-    assert source.reads == [(k * 2**18, 2**18) for k in range(12)] + [(3 * 2**20, 77)]
+    assert source.reads == [(k * 2**16, 2**16) for k in range(12)] + [(3 * 2**18, 77)]
     assert len(list(play(cage, "sieve", source))) == 2
 
 
-def test_what_is_wanted_is_told_in_lists_of_bounded_length(cage: Cage) -> None:
+def test_what_is_wanted_is_told(cage: Cage) -> None:
     source = Bytes(bytes(2500 * 20))
     assert len(list(play(cage, "want-20", source))) == 2
-    assert [len(w) for w in source.wanted] == [1024, 1024, 452]
-    assert [e for w in source.wanted for e in w] == [(n * 20, n * 20 + 9) for n in range(2500)]
-    borders = {b for w in source.wanted for e in w for b in e}
-    assert all(at + n in borders for at, n in source.reads[:-1]), "no read across a border"
+    assert source.wanted == [[(n * 20, n * 20 + 9) for n in range(2500)]]
 
 
 def test_a_long_read_is_asked_for_as_it_is(cage: Cage) -> None:
@@ -110,21 +104,19 @@ def test_a_long_read_is_asked_for_as_it_is(cage: Cage) -> None:
 
 @pytest.mark.parametrize("error", [SourceChanged("other bytes"), StoreError("gone"), OSError(5)])
 def test_errors_of_the_source_surface_as_they_are(cage: Cage, error: Exception) -> None:
-    restarts, pid = cage.restarts, cage.pid
+    restarts = cage.restarts
     with pytest.raises(type(error)) as caught:
         list(play(cage, "sum-4096", Bytes(b"\0" * 2**21, fail_at=1, error=error)))
     assert caught.value is error
     assert_works(cage)
-    assert (cage.restarts, cage.pid) == (restarts, pid), (
-        "the child should have been told, not killed"
-    )
+    assert cage.restarts == restarts, "it was no decoder's fault"
 
 
 def test_a_short_read_is_no_end_of_file(cage: Cage) -> None:
     source = Bytes(b"\0" * 5000)
     source.size_bytes = 6000
     with pytest.raises(StoreError, match="6000 bytes at 0 gave 5000"):
-        list(play(cage, "sum-4096", source))
+        list(play(cage, "sum-8192", source))
 
 
 def test_a_media_error_keeps_its_kind(cage: Cage) -> None:
@@ -235,28 +227,28 @@ def test_memory_has_a_limit() -> None:
 
 def test_an_abandoned_iterator_leaves_the_sandbox_usable(cage: Cage) -> None:
     assert_works(cage)
-    pid = cage.pid
+    pid, restarts = cage.pid, cage.restarts
+    events = play(cage, "frames-1")
+    assert [type(next(events)) for _ in range(3)][-1] is ClipEnd
+    assert_works(cage)  # who has seen the end need not close
+    assert cage.pid == pid
     events = play(cage, "sum-4096", Bytes(b"\0" * 2**26))
     next(events)
     with pytest.raises(RuntimeError, match="is at work"):
         next(play(cage, "frames-1"))
     events.close()  # type: ignore[attr-defined]
+    assert pid is not None and not Path(f"/proc/{pid}").exists()
     assert_works(cage)
     events = play(cage, "frames-50")
     next(events)
     next(events)
-    del events  # the child waits for a slot, or is about to
+    del events  # the child waits for its chunk to be taken, or is about to
     assert_works(cage)
-    assert cage.pid == pid
-    events = play(cage, "frames-1")
-    assert [type(next(events)) for _ in range(3)][-1] is ClipEnd
-    assert_works(cage)  # who has seen the end need not close
     events = play(cage, "sleep-60")
     next(events)
     events.close()  # type: ignore[attr-defined]
     assert_works(cage)
-    assert cage.pid != pid
-    assert cage.last_exit == "did not stop when asked to"
+    assert cage.restarts == restarts
 
 
 def test_a_sandbox_outlives_the_thread_that_made_it() -> None:
@@ -287,13 +279,13 @@ def test_closing_ends_the_children_and_keeps_the_arrays() -> None:
     assert_equal(frames, hostile.make_frames(0, 10, SMALL, context=False))
 
 
-def test_larger_chunks_get_a_process_with_larger_slots(cage: Cage) -> None:
+def test_chunks_may_be_larger_than_those_before(cage: Cage) -> None:
     assert_works(cage)
-    pid, large = cage.pid, (Geometry(width_px=800, height_px=600),)
+    large = (Geometry(width_px=800, height_px=600),)
     _, frames, _ = play(cage, "frames-1", geometries=large, chunk_bytes=2**25)
-    assert cage.pid != pid
     assert isinstance(frames, Frames)
     assert_equal(frames, hostile.make_frames(0, 10, large, context=False))
+    assert_works(cage)
     with pytest.raises(UsageError, match="smaller geometries"):
         next(play(cage, "frames-1", chunk_bytes=2**31))
 

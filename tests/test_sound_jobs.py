@@ -18,7 +18,6 @@ from vidbatch.data import Audio, AudioGrid
 from vidbatch.errors import DecoderDied, MediaError, StoreError, UsageError
 from vidbatch.models.registry import create_model, resolve_model
 from vidbatch.models.runner import Runner
-from vidbatch.sandbox import InProcess
 
 LEVEL = """
 from fractions import Fraction
@@ -126,7 +125,7 @@ def test_sound_that_fails_costs_the_models_of_sound_alone(
 ) -> None:  # fmt: skip
     calls = []
 
-    def fail(self: InProcess, source: Any, clip: Any, **rest: Any) -> Iterator[Audio]:
+    def fail(source: Any, clip: Any, **rest: Any) -> Iterator[Audio]:
         calls.append(clip)
         yield Audio(
             grid=rest["grids"][0],
@@ -135,7 +134,7 @@ def test_sound_that_fails_costs_the_models_of_sound_alone(
         )
         raise error
 
-    monkeypatch.setattr(InProcess, "audio", fail)
+    monkeypatch.setattr("vidbatch.audio.decode_audio", fail)
     output = tmp_path / "out"
     run_models(tmp_path, archive, output, entries(tmp_path), check=False)
     assert len(calls) == (2 if kind != "decoder_crash" else 6)  # two more attempts each

@@ -344,12 +344,13 @@ def sql(
 def config_check(
     job: Annotated[str, typer.Argument(help="the job file")],
     overrides: SetOption = None,
+    load: Annotated[bool, typer.Option(help="also load every model and show it two items")] = True,
     as_json: JsonFlag = False,
 ) -> None:
-    """Reads a job file, shows its fingerprints and what differs from the output's last run."""
+    """Reads a job file, tries its models, shows fingerprints and what differs from the last run."""
     from vidbatch.jobfile import check_job
 
-    found = check_job(_job(job, overrides))
+    found = check_job(_job(job, overrides), load=load)
     if as_json:
         _print_json(found)
     else:

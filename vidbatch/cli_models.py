@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -18,7 +19,7 @@ class _ShowByDefault(TyperGroup):
         return super().parse_args(ctx, args)
 
 
-models_app = typer.Typer(cls=_ShowByDefault, help="Shows models, and fetches them.")
+models_app = typer.Typer(cls=_ShowByDefault, help="Shows models, fetches and measures them.")
 EndpointOption = Annotated[str | None, typer.Option(help="of an S3 store other than AWS")]
 
 
@@ -52,3 +53,28 @@ def fetch(
     from vidbatch.storage import StoreSettings
 
     print(fetch_model(source, dest, StoreSettings(endpoint_url=endpoint_url)), end="")
+
+
+@models_app.command()
+def bench(
+    model: Annotated[str, typer.Argument(help="a model file, or the name of a builtin")],
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:1")] = "cpu",
+    batch: Annotated[int | None, typer.Option(min=1, help="instead of the file's")] = None,
+    video: Annotated[Path | None, typer.Option(help="its frames; made ones without")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="machine-readable")] = False,
+) -> None:
+    """Measures a model: items per second, memory, and the error of its precision against fp32."""
+    from rich.console import Console
+
+    from vidbatch import report
+    from vidbatch.models.bench import bench_model, read_alone
+    from vidbatch.pipeline.excerpt import first_items
+
+    defn = read_alone(model)
+    items = max(2 * (batch or defn.spec.batch), 32)
+    chunk = None if video is None else first_items(defn.spec, video, items)
+    found = bench_model(defn, device=device, batch=batch, chunk=chunk).as_dict()
+    if as_json:
+        print(json.dumps(found, indent=2))
+    else:
+        Console().print(report.bench_table(found))

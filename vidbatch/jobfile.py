@@ -12,7 +12,8 @@ from vidbatch.archive import DEFAULT_INCLUDE
 from vidbatch.config import Job, parse_job
 from vidbatch.errors import NotFoundInStore, UsageError
 from vidbatch.ledger import Ledger
-from vidbatch.pipeline.resolve import job_outputs, settings_of
+from vidbatch.models.bench import try_model
+from vidbatch.pipeline.resolve import job_models, job_outputs, settings_of
 from vidbatch.progress import human_bytes
 from vidbatch.storage import StoreSettings, open_store
 
@@ -79,13 +80,19 @@ output:
 """
 
 
-def check_job(job: Job) -> dict[str, Any]:
+def check_job(job: Job, *, load: bool = True) -> dict[str, Any]:
     """Fingerprints of a job, and what differs from the last run of its output.
 
+    Args:
+        load: whether every model is also loaded, on the CPU, and shown two made items.
+
     Raises:
-        UsageError: a model cannot be resolved.
+        UsageError: a model cannot be resolved or loaded, or answers not as its file says.
     """
     sampling, outputs = job_outputs(job)
+    if load:
+        for definition in job_models(job):
+            try_model(definition)
     found: dict[str, Any] = {
         "archive": list(job.archive.uri),
         "output": job.output.uri,

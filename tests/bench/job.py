@@ -1,6 +1,6 @@
-"""`make bench`: the whole job against its decode floor and against Ray Data, side by side.
+"""`make bench`: the whole job against its decode floor, Ray Data and Daft, side by side.
 
-    python -m tests.bench.job [--videos FOLDER] [--fps 2] [--seconds 60] [--no-ray-data]
+    python -m tests.bench.job [--videos FOLDER] [--fps 2] [--seconds 60] [--tolerance] [--daft]
 
 The decode floor is what both cores do when they only decode the same samples: no Ray, no model, no
 tables. The ratios count, not the times: machines are shared and noisy, so the legs take turns and
@@ -10,6 +10,7 @@ the best of each is compared. Without a folder, a made archive is used (720p, dr
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import signal
@@ -19,11 +20,19 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 GEOMETRY = (224, 224)
-RAY_DATA_S = 900
-"""After which the leg on Ray Data is ended."""
+Leg = Callable[[Path, str], tuple[float, int]]
+OTHER_S = 900
+"""After which a leg on another engine is ended."""
+
+STARTS_S: list[float] = []
+"""Start to first task, of each run of vidbatch."""
+
+DAFT = Path(__file__).resolve().parents[2] / "build" / "daft" / "bin" / "python"
+"""Of an environment with Daft, which `make bench-daft` makes: its pins are not ours."""
 
 
 def decode_share(paths: list[str], fps: str) -> tuple[int, float]:
@@ -67,43 +76,52 @@ def decode_floor(folder: Path, fps: str) -> tuple[float, int]:
         return time.perf_counter() - started, frames
 
 
-def vidbatch_job(folder: Path, fps: str) -> tuple[float, int]:
-    """(seconds, frames) of `vidbatch run` from a cold start to its exit, model `bench` below."""
+def vidbatch_job(folder: Path, fps: str, *options: str) -> tuple[float, int]:
+    """(seconds, frames) of `vidbatch run` from a cold start to its exit, model `mean_colour`."""
     out = Path(tempfile.mkdtemp(prefix="vidbatch-bench-"))
     model = Path(__file__).with_name("mean_colour.yaml")
     started = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-m", "vidbatch", "run", str(folder), "-o", str(out / "t"), "-m",
-         str(model), "--fps", fps, "--json", "--set", "archive.include=**/*.mp4"],
+         str(model), "--fps", fps, "--json", "--set", "archive.include=**/*.mp4", *options],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     elapsed = time.perf_counter() - started
     if done.returncode:
         sys.exit(f"vidbatch run ended with {done.returncode}: {done.stderr}")
-    import json
-
     summary = json.loads(done.stdout)
     shutil.rmtree(out)
-    vidbatch_job.summary = summary  # type: ignore[attr-defined]
+    STARTS_S.append(summary["first_task_s"])
     return elapsed, summary["counts"]["frames"]
 
 
-def ray_data_job(folder: Path, fps: str) -> tuple[float, int]:
-    """(seconds, frames) of read_videos(fps, resize) → actor map_batches → write_parquet."""
-    out = Path(tempfile.mkdtemp(prefix="raydata-bench-"))
+def tolerant_job(folder: Path, fps: str) -> tuple[float, int]:
+    """The same where a frame may be half an interval off: the nearest keyframe will often do."""
+    return vidbatch_job(folder, fps, "--set", f"sample.tolerance_s=1/{2 * int(fps)}")
+
+
+def other_job(python: Path, script: str, folder: Path, fps: str) -> tuple[float, int]:
+    """(seconds, frames) of a script of this folder: SCRIPT FOLDER FPS OUT, which prints the frames.
+
+    Raises:
+        RuntimeError: it failed, or was not done after OTHER_S; its last words.
+    """
+    out = Path(tempfile.mkdtemp(prefix="other-bench-"))
     started = time.perf_counter()
     process = subprocess.Popen(
-        [sys.executable, str(Path(__file__).with_name("ray_data_job.py")), str(folder), fps,
-         str(out / "t")],
+        [str(python), str(Path(__file__).with_name(script)), str(folder), fps, str(out / "t")],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
     try:
-        said, complaint = process.communicate(timeout=RAY_DATA_S)
+        said, complaint = process.communicate(timeout=OTHER_S)
     except subprocess.TimeoutExpired as error:
         os.killpg(process.pid, signal.SIGKILL)
-        raise RuntimeError(f"not done after {RAY_DATA_S} s; ended") from error
+        said, complaint = process.communicate()
+        last = [*complaint.strip().splitlines(), "it had said nothing"][:1]
+        raise RuntimeError(f"not done after {OTHER_S} s; ended; {last[0]}") from error
+    finally:
+        shutil.rmtree(out, ignore_errors=True)
     elapsed = time.perf_counter() - started
-    shutil.rmtree(out, ignore_errors=True)
     if process.returncode:
         raise RuntimeError(complaint.strip().splitlines()[-1] if complaint else "no message")
     return elapsed, int(said.strip().splitlines()[-1])
@@ -143,40 +161,50 @@ def main() -> None:
     parser.add_argument("--fps", default="2")
     parser.add_argument("--seconds", type=float, default=60, help="work per leg on all cores")
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--tolerance", action="store_true", help="also half an interval off")
     parser.add_argument("--no-ray-data", action="store_true")
+    parser.add_argument("--daft", action="store_true", help="also Daft, of build/daft")
     args = parser.parse_args()
-    legs: dict[str, Callable[[Path, str], tuple[float, int]]] = {
-        "decode floor": decode_floor,
-        "vidbatch run": vidbatch_job,
-        "Ray Data": ray_data_job,
-    }
-    if args.no_ray_data:
-        del legs["Ray Data"]
+    legs: dict[str, Leg] = {"decode floor": decode_floor, "vidbatch run": vidbatch_job}
+    if args.tolerance:
+        legs["with tolerance"] = tolerant_job
+    if not args.no_ray_data:
+        legs["Ray Data"] = partial(other_job, Path(sys.executable), "ray_data_job.py")
+    if args.daft:
+        legs["Daft"] = partial(other_job, DAFT, "daft_job.py")
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch, "archive")
         folder.mkdir()
         make_archive(folder, args.videos, args.seconds, args.fps)
-        best: dict[str, tuple[float, int]] = {}
-        for turn in range(args.rounds):
-            for name, leg in list(legs.items()):
-                try:
-                    found = leg(folder, args.fps)
-                except RuntimeError as error:
-                    print(f"  {name}: did not finish: {error}")
-                    del legs[name]
-                    continue
-                print(
-                    f"  round {turn + 1}, {name}: {found[0]:.1f} s, {found[1]} frames", flush=True
-                )
-                best[name] = min(best.get(name, found), found)
+        best = race(legs, folder, args.fps, args.rounds)
     floor = best["decode floor"]
     print(f"\n{'leg':14} {'seconds':>8} {'frames':>8} {'frames/s':>9} {'of the floor':>13}")
     for name, (seconds, frames) in best.items():
         share = (frames / seconds) / (floor[1] / floor[0])
         print(f"{name:14} {seconds:8.1f} {frames:8d} {frames / seconds:9.1f} {share:13.2f}")
-    if "Ray Data" in best:
-        print(f"\nvidbatch / Ray Data: {best['Ray Data'][0] / best['vidbatch run'][0]:.2f} ×")
-    print(f"start to first task {vidbatch_job.summary['first_task_s']} s")  # type: ignore[attr-defined]
+    print()
+    for ours in ("vidbatch run", "with tolerance"):
+        for theirs in ("Ray Data", "Daft"):
+            if ours in best and theirs in best:
+                times = best[theirs][0] / best[ours][0]
+                print(f"{ours} against {theirs}, {args.fps} fps: {times:.2f} × faster")
+    print(f"start to first task {min(STARTS_S)} s")
+
+
+def race(legs: dict[str, Leg], folder: Path, fps: str, rounds: int) -> dict[str, tuple[float, int]]:
+    """The best (seconds, frames) of each leg; they take turns, and one that fails is left out."""
+    best: dict[str, tuple[float, int]] = {}
+    for turn in range(rounds):
+        for name, leg in list(legs.items()):
+            try:
+                found = leg(folder, fps)
+            except RuntimeError as error:
+                print(f"  {name}: did not finish: {error}", flush=True)
+                del legs[name]
+                continue
+            print(f"  round {turn + 1}, {name}: {found[0]:.1f} s, {found[1]} frames", flush=True)
+            best[name] = min(best.get(name, found), found)
+    return best
 
 
 if __name__ == "__main__":

@@ -14,11 +14,14 @@ FRAMES = "frames"
 """The output that every run writes: the tables `videos` and `frames`."""
 
 
+_canonical = json.JSONEncoder(
+    sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+).encode
+
+
 def digest(value: Any) -> str:
     """sha256 (64 hex digits) of the canonical JSON of `value` (sorted keys, no spaces, UTF-8)."""
-    text = json.dumps(
-        value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
-    )
+    text = _canonical(value)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
@@ -46,7 +49,7 @@ class Video:
     @property
     def video_id(self) -> str:
         """20 base32 characters of the hash of (uri, version)."""
-        raw = bytes.fromhex(digest([self.uri, self.version]))
+        raw = bytes.fromhex(digest([self.uri, self.version])[:26])
         return base64.b32encode(raw)[:20].decode("ascii").lower()
 
 

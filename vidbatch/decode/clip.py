@@ -19,7 +19,7 @@ from vidbatch.decode.inorder import CountedPlaces, TablePlaces, decode_in_order
 from vidbatch.decode.pixels import Scaler, orientation
 from vidbatch.decode.planned import Plan, Planned, number_packets
 from vidbatch.decode.rows import RowBuffer
-from vidbatch.decode.skipping import decode_wanted
+from vidbatch.decode.skipping import Runner, choose, read_gops
 from vidbatch.decode.tally import (
     ContextLostError,
     IndexMismatchError,
@@ -147,10 +147,10 @@ class _Pass:
         self._rows = rows
         self._plan = plan
         self._tally = Tally()
-        self._clock = Clock(video.time_base, video.rate)
+        self._start_pts = None if plan is None else plan.origin_pts
+        self._clock = Clock(video.time_base, video.rate, self._start_pts)
         self._inspector = inspector(video.codec, video.stream.codec_context.extradata)
         self._upright: tuple[int, int, int] | None = None
-        self._start_pts = None if plan is None else plan.origin_pts
         self._expected = None if plan is not None else promised_packets(source, video)
 
     def skipping(self) -> Iterator[DecodeEvent]:
@@ -159,27 +159,31 @@ class _Pass:
         inspect, why = self._inspector
         if inspect is None:
             raise SkippingFailedError(why, by_codec=True)
-        segments = self._plan.segments() if self._plan else [(None, 0)]
-        for packets, first in segments:
-            selection, clock = self._start(first)
-            numbered = number_packets(video, self._plan.table if self._plan else None, packets)
-            tabled = self._plan is not None
-            wanted = decode_wanted(
-                video,
-                self._reopen,
-                numbered,
-                inspect,
-                selection,
-                clock,
-                first,
-                self._tally,
-                tabled=tabled,
+        plan = self._plan
+        runner = Runner(
+            video,
+            self._reopen,
+            self._tally,
+            tabled=plan is not None,
+            proven=plan is not None and plan.reorders,
+        )
+        sampler = Sampler(self._sample)
+        if plan:
+            self._rows.settle(list(plan.covers.items()))
+        for run in plan.segments() if plan else [None]:
+            packets = number_packets(video, plan.table if plan else None, run)
+            gops = read_gops(packets, inspect, self._tally, tabled=plan is not None)
+            chosen = (
+                ((gop, plan.wanted(gop)) for gop, _ in gops)
+                if plan
+                else choose(gops, sampler, self._clock, self._tally)
             )
-            for shown in wanted:
-                yield from self._row(shown)
-                self._rows.settle(selection.settle())
-                yield from self._rows.chunks()
-            self._rows.settle(selection.settle())
+            for gop, wanted in chosen:
+                for shown in runner.decode(gop, wanted):
+                    yield from self._row(shown)
+                    self._rows.settle(sampler.settle())
+                    yield from self._rows.chunks()
+        self._rows.settle(sampler.settle())
 
     def in_order(self) -> Iterator[DecodeEvent]:
         """Decodes everything from the first packet of the video to the last of the clip."""
@@ -187,7 +191,8 @@ class _Pass:
         inspect, _ = self._inspector
         places = TablePlaces(plan.table, plan.last_frame) if plan else CountedPlaces(inspect)
         packets = slice(0, plan.stop) if plan else None
-        selection, clock = self._start(0)
+        selection: Selection = Planned(plan) if plan else Sampler(self._sample)
+        clock = self._clock
         numbered = number_packets(self._video, plan.table if plan else None, packets)
         held: dict[int, Shown] = {}
         for shown in decode_in_order(self._video, numbered, places, clock, self._tally):
@@ -205,11 +210,6 @@ class _Pass:
         elif isinstance(places, CountedPlaces):
             tally.silent = max(0, len(places.due) - tally.errors)
         self._rows.settle(selection.settle())
-
-    def _start(self, first: int) -> tuple[Selection, Clock]:
-        origin = None if self._plan is None else self._plan.origin_pts
-        self._clock = Clock(self._video.time_base, self._video.rate, origin)
-        return (Planned(self._plan, first) if self._plan else Sampler(self._sample)), self._clock
 
     def _row(self, shown: Shown) -> Iterator[DecodeEvent]:
         """Adds a row; the first frame says how large the video is and which way up."""

@@ -10,7 +10,8 @@ from av.packet import Packet
 from av.video.stream import VideoStream
 
 from vidbatch.data import Clip, Sample
-from vidbatch.decode.tally import IndexMismatchError, Mark, NumberedPackets
+from vidbatch.decode.skipping import Gop
+from vidbatch.decode.tally import IndexMismatchError, Mark, NumberedPackets, Shown
 from vidbatch.errors import MediaError
 from vidbatch.media import OpenVideo, PacketTable
 from vidbatch.media.opening import READ_BYTES
@@ -71,6 +72,8 @@ class Plan:
         """Sampled frames before the clip's first row: the last, or more if that was damaged."""
         self.ordinals = {int(index[i]): i for i in range(max(lo - 1, 0), beyond)}
         """frame_index → position among the video's samples."""
+        self.reorders = bool((np.diff(table.pts) < 0).any())
+        """Whether timestamps reorder pictures, which decode times in their place never do."""
         self.last_frame = int(index[beyond - 1]) + 1 if beyond > hi else self.end_frame
         """One past the last frame that is wanted, or the clip's."""
         self.stop = self.packets.stop
@@ -100,8 +103,30 @@ class Plan:
             return float(self.end)
         return float(int(self._ticks[frame]) * self.table.time_base)
 
-    def segments(self) -> list[tuple[slice, int]]:
-        """Runs of packets that hold all wanted frames, each with the index of its first frame.
+    def wanted(self, gop: Gop) -> dict[int, Shown]:
+        """The wanted frames of a GOP by their packets' numbers, in display order.
+
+        Raises:
+            IndexMismatchError: a packet that the table gives a frame is not shown.
+        """
+        table = self.table
+        places = sorted((int(table.ordinal[h.mark.number]), h.mark.number) for h in gop.held)
+        if sum(i >= 0 for i, _ in places) != sum(h.shown for h in gop.held):
+            raise IndexMismatchError
+        return {
+            n: Shown(
+                index=i,
+                pts=int(table.pts[n]),
+                time=int(self._ticks[i]) * table.time_base,
+                key=bool(table.key[n]),
+                frame=None,
+            )
+            for i, n in places
+            if i in self.covers or i in self.context
+        }
+
+    def segments(self) -> list[slice]:
+        """Runs of packets that hold all wanted frames.
 
         Each begins at a closed keyframe (or packet 0); what lies between two of them is not read,
         unless it is little.
@@ -114,13 +139,13 @@ class Plan:
         stops = np.append(entries[1:], self.stop)
         wanted = [*self.context, *self.covers]
         read = np.concatenate(([0], np.cumsum(table.size)))
-        runs: list[tuple[slice, int]] = []
+        runs: list[slice] = []
         for i in np.unique(np.searchsorted(frames, wanted, side="right") - 1):
             start, stop = int(entries[i]), int(stops[i])
-            if runs and read[start] - read[runs[-1][0].stop] < GAP_BYTES:
-                runs[-1] = (slice(runs[-1][0].start, stop), runs[-1][1])
+            if runs and read[start] - read[runs[-1].stop] < GAP_BYTES:
+                runs[-1] = slice(runs[-1].start, stop)
             else:
-                runs.append((slice(start, stop), int(frames[i])))
+                runs.append(slice(start, stop))
         return runs
 
     def extents(
@@ -132,7 +157,7 @@ class Plan:
             following: The clip decoded next; up to NEXT_BYTES of what it reads come last.
             skip: Whether only segments are read, not all from the beginning.
         """
-        packets = [s for s, _ in self.segments()] if skip else [slice(0, self.stop)]
+        packets = self.segments() if skip else [slice(0, self.stop)]
         found = self._extents(packets, size_bytes)
         if following is None:
             return found
@@ -174,13 +199,12 @@ class Plan:
 
 
 class Planned:
-    """The Selection of a plan, for frames from index `first`."""
+    """The Selection of a plan, for all frames from the first of the video."""
 
-    def __init__(self, plan: Plan, first: int) -> None:
-        self._covers = plan.covers
-        self._context = plan.context
-        self._next = first
-        self._settled: list[tuple[int, float]] = []
+    def __init__(self, plan: Plan) -> None:
+        self._wanted = plan.covers.keys() | set(plan.context)
+        self._next = 0
+        self._settled = list(plan.covers.items())
 
     @property
     def held(self) -> set[int]:
@@ -191,17 +215,14 @@ class Planned:
         """The next frame's index if it is a row or the context frame."""
         index = self._next
         self._next += 1
-        if index in self._covers:
-            self._settled.append((index, self._covers[index]))
-            return [index]
-        return [index] if index in self._context else []
+        return [index] if index in self._wanted else []
 
     def finish(self, end: Fraction) -> list[int]:
         """Nothing more."""
         return []
 
     def settle(self) -> list[tuple[int, float]]:
-        """Rows pushed since the last call, with their covers_s."""
+        """All rows with their covers_s, once."""
         settled, self._settled = self._settled, []
         return settled
 

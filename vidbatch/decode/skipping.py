@@ -15,7 +15,7 @@ path (SkippingFailedError): then everything is decoded in order.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from itertools import pairwise
@@ -53,7 +53,9 @@ class _DamagedError(Exception):
     """This GOP does not decode as it should."""
 
 
-class _Held(NamedTuple):
+class Held(NamedTuple):
+    """A packet that waits until all of its GOP is known."""
+
     mark: Mark
     pts: int
     packet: VideoPacket
@@ -72,10 +74,10 @@ def _pts(shown: Shown) -> int:
     return shown.pts or 0
 
 
-class _Gop:
+class Gop:
     """Packets of one group, in decode order."""
 
-    def __init__(self, first: _Held) -> None:
+    def __init__(self, first: Held) -> None:
         self.held = [first]
         self.nbytes = first.packet.size
         self.last_pts = first.pts
@@ -85,7 +87,8 @@ class _Gop:
         """Packets known to be damaged before they are decoded."""
         self._note(first)
 
-    def add(self, held: _Held) -> None:
+    def add(self, held: Held) -> None:
+        """The next packet. Raises SkippingFailedError if it cannot belong to a GOP held."""
         self.held.append(held)
         self._note(held)
         self.nbytes += held.packet.size
@@ -96,37 +99,21 @@ class _Gop:
         if self.nbytes > MAX_HELD_BYTES or len(self.held) > MAX_HELD_PACKETS:
             raise SkippingFailedError("keyframes are too far apart to hold what lies between")
 
-    def _note(self, held: _Held) -> None:
+    def _note(self, held: Held) -> None:
         if not held.readable or held.packet.is_corrupt:
             self.damaged.add(held.mark.number)
 
 
-def decode_wanted(
-    video: OpenVideo,
-    reopen: Reopen,
-    packets: NumberedPackets,
-    inspect: Inspector,
-    selection: Selection,
-    clock: Clock,
-    first_index: int,
-    tally: Tally,
-    *,
-    tabled: bool,
-) -> Iterator[Shown]:
-    """Decodes what `selection` takes; yields these frames, and holes, in display order.
-
-    Args:
-        reopen: Opens the same video once more, for a decoder without a past.
-        first_index: frame_index of the first frame of `packets`.
-        tabled: Whether a packet table vouches for every packet being one picture.
+def choose(
+    gops: Iterable[tuple[Gop, Held | None]], selection: Selection, clock: Clock, tally: Tally
+) -> Iterator[tuple[Gop, dict[int, Shown]]]:
+    """Each GOP with its wanted frames by their packets' numbers, where no packet table knows them.
 
     Raises:
-        SkippingFailedError: decode in order instead; what was yielded is right.
-        StoreError: the bytes could not be had.
+        SkippingFailedError: timestamps cannot tell which frames are wanted.
     """
-    runner = _Runner(video, reopen, tally, tabled)
-    index, taken, ahead = first_index, set[int](), 0
-    for gop, following in _gops(packets, inspect, tally, tabled):
+    index, taken, ahead = 0, set[int](), 0
+    for gop, following in gops:
         places = sorted((h for h in gop.held if h.shown), key=lambda h: h.pts)
         if any(a.pts == b.pts for a, b in pairwise(places)):
             raise SkippingFailedError("timestamps repeat")
@@ -148,15 +135,23 @@ def decode_wanted(
         taken -= {s.index for s in wanted.values()}
         index += len(places)
         tally.places = index
-        yield from runner.decode(gop, wanted)
+        yield gop, wanted
 
 
-def _gops(
+def read_gops(
     packets: NumberedPackets, inspect: Inspector, tally: Tally, tabled: bool
-) -> Iterator[tuple[_Gop, _Held | None]]:
-    """Each GOP with the first packet of the next one, which is its first shown too."""
-    gop: _Gop | None = None
-    entry: _Held | None = None
+) -> Iterator[tuple[Gop, Held | None]]:
+    """Each GOP with the first packet of the next one, which is its first shown too.
+
+    Args:
+        tabled: Whether a packet table vouches for every packet being one picture.
+
+    Raises:
+        SkippingFailedError: this is no stream of such groups.
+        StoreError: the bytes could not be had.
+    """
+    gop: Gop | None = None
+    entry: Held | None = None
     for mark, packet in packets:
         tally.packets += 1
         try:
@@ -173,17 +168,17 @@ def _gops(
             mark = mark._replace(pts=gop.last_pts if gop else 0)
         pts = mark.pts or 0
         shown = facts.shown and not packet.is_discard
-        held = _Held(mark, pts, packet, facts, shown, readable=read is not None)
+        held = Held(mark, pts, packet, facts, shown, readable=read is not None)
         if gop is None:
             if not facts.entry:
                 raise SkippingFailedError("the first packet is no keyframe")
-            gop = _Gop(held)
+            gop = Gop(held)
             continue
         if entry is not None:
             # Only now is it known that nothing is shown before the keyframe.
             if pts > entry.pts:
                 yield gop, entry
-                gop = _Gop(entry)
+                gop = Gop(entry)
             else:
                 gop.add(entry)
             entry = None
@@ -193,24 +188,38 @@ def _gops(
             gop.add(held)
     if gop is not None and entry is not None:
         yield gop, entry
-        gop = _Gop(entry)
+        gop = Gop(entry)
     if gop is not None:
         yield gop, None
 
 
-class _Runner:
-    """Feeds the decoder one GOP at a time, from empty to empty, and checks what comes out."""
+class Runner:
+    """Feeds the decoder one GOP at a time, from empty to empty, and checks what comes out.
 
-    def __init__(self, video: OpenVideo, reopen: Reopen, tally: Tally, tabled: bool) -> None:
+    Args:
+        reopen: Opens the same video once more, for a decoder without a past.
+        tabled: Whether a packet table vouches for every packet being one picture.
+        proven: Whether it is known that timestamps follow the codec's reordering.
+    """
+
+    def __init__(
+        self, video: OpenVideo, reopen: Reopen, tally: Tally, *, tabled: bool, proven: bool
+    ) -> None:
         self._video = video
         self._reopen = reopen
         self._context = video.stream.codec_context
         self._tally = tally
         self._tabled = tabled
-        self._doubts = MAX_PROOFS
+        self._doubts = 0 if proven else MAX_PROOFS
 
-    def decode(self, gop: _Gop, wanted: dict[int, Shown]) -> Iterator[Shown]:
-        """The wanted frames of a GOP, given with their packets' numbers, in display order."""
+    def decode(self, gop: Gop, wanted: dict[int, Shown]) -> Iterator[Shown]:
+        """The wanted frames of a GOP, given with their packets' numbers, and holes, in display
+        order.
+
+        Raises:
+            SkippingFailedError: decode in order instead; what was yielded is right.
+            StoreError: the bytes could not be had.
+        """
         if not wanted:
             return
         done = -1
@@ -228,7 +237,7 @@ class _Runner:
             rest = {n: s for n, s in wanted.items() if s.index > done}
             yield from self._thorough(gop, rest)
 
-    def _quick(self, gop: _Gop, wanted: dict[int, Shown]) -> Iterator[Shown]:
+    def _quick(self, gop: Gop, wanted: dict[int, Shown]) -> Iterator[Shown]:
         count = 1 + max(i for i, h in enumerate(gop.held) if h.mark.number in wanted)
         top = max(h.facts.layer for h in gop.held)
         expected = deque(wanted.values())
@@ -253,13 +262,13 @@ class _Runner:
             raise self._silently("a wanted frame did not come out", gop)
         self._context.flush_buffers()
 
-    def _silently(self, what: str, gop: _Gop | None = None) -> Exception:
+    def _silently(self, what: str, gop: Gop | None = None) -> Exception:
         """Something is amiss without an error: damage if a table vouches for the timestamps, or if
         they reorder pictures, which decode times in their place never do."""
         sound = self._tabled or (gop is not None and gop.reorders)
         return _DamagedError(what) if sound else SkippingFailedError(what)
 
-    def _prove_order(self, gop: _Gop) -> None:
+    def _prove_order(self, gop: Gop) -> None:
         """Decodes a whole GOP for nothing but the order.
 
         Decode times in the place of pts look sound as long as the pictures that would come out of
@@ -278,7 +287,7 @@ class _Runner:
             raise SkippingFailedError("packets and frames do not match one to one")
         self._context.flush_buffers()
 
-    def _sound(self, held: _Held | None) -> Iterator[tuple[_Sound, VideoFrame]]:
+    def _sound(self, held: Held | None) -> Iterator[tuple[_Sound, VideoFrame]]:
         """Undamaged frames that come out. Raises _DamagedError at the first that is not."""
         for frame in _send(self._video, held):
             self._tally.frames += 1
@@ -289,7 +298,7 @@ class _Runner:
                 raise SkippingFailedError("frames do not carry the pts of their packets")
             yield _Sound(mark.number, mark.pts), frame
 
-    def _thorough(self, gop: _Gop, wanted: dict[int, Shown]) -> Iterator[Shown]:
+    def _thorough(self, gop: Gop, wanted: dict[int, Shown]) -> Iterator[Shown]:
         """A GOP that holds damage, whole: what does not come out is a hole, a Shown without frame.
 
         A decoder of its own does it: what stands in for lost pixels must not depend on what was
@@ -326,7 +335,7 @@ class _Runner:
         self._context.flush_buffers()
 
 
-def _send(video: OpenVideo, held: _Held | None) -> list[VideoFrame]:
+def _send(video: OpenVideo, held: Held | None) -> list[VideoFrame]:
     if held is not None:
         # A new object every time: PyAV keeps it by its address, and forgets it with the first frame
         # that had it, though a second decode of the packet may still carry it.

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from vidbatch.data import Bools, Clip, Ints, Task, Video
+from vidbatch.data import Bools, Clip, Floats, Ints, Task, Video
 from vidbatch.errors import InfraError
 from vidbatch.tables import SCHEMA_VERSION, read, read_metadata, write
 
@@ -120,6 +120,7 @@ class PlanLog:
         self._rows = pa.concat_tables(chunks) if chunks else _SCHEMA.empty_table()
         ordinals = self._rows["ordinal"].to_numpy()
         self._starts: Ints = np.append(np.flatnonzero(ordinals == 0), len(ordinals))
+        """Row of the first clip of each task, and the number of rows."""
 
     def __len__(self) -> int:
         """Tasks, retries included."""
@@ -148,6 +149,16 @@ class PlanLog:
         return self._per_task("task_id").cast(pa.string())
 
     @cached_property
+    def costs_s(self) -> Floats:
+        """(tasks,) planned core seconds, in log order."""
+        return np.asarray(self._per_task("cost_s"), np.float64)
+
+    @cached_property
+    def days(self) -> pa.Array:
+        """(tasks,) string, the `dt` of each task, in log order."""
+        return self._per_task("dt").cast(pa.string())
+
+    @cached_property
     def generations(self) -> Ints:
         """(tasks,) 0 for what was planned first."""
         return np.asarray(self._per_task("generation"), np.int64)
@@ -160,20 +171,24 @@ class PlanLog:
     def _per_task(self, column: str) -> pa.Array:
         return self._rows[column].take(pa.array(self._starts[:-1])).combine_chunks()
 
-    @cached_property
-    def video_ids(self) -> pa.Array:
-        """Distinct video_ids, string, in log order."""
-        return pc.unique(self._rows["video_id"].cast(pa.string()))
-
     def knows(self, video_ids: Sequence[str] | pa.Array) -> Bools:
         """(len(video_ids),) whether the log has that video: it is never planned again."""
-        wanted = pa.array(video_ids, pa.string())
-        return np.asarray(pc.is_in(wanted, value_set=self.video_ids), np.bool_)
+        return self._holds("video_id", video_ids)
 
     def knows_uri(self, uris: Sequence[str]) -> Bools:
         """(len(uris),) whether the log has any version of that object."""
-        held = pc.unique(self._rows["uri"].cast(pa.string()))
-        return np.asarray(pc.is_in(pa.array(uris, pa.string()), value_set=held), np.bool_)
+        return self._holds("uri", uris)
+
+    def _holds(self, column: str, values: Sequence[str] | pa.Array) -> Bools:
+        """Which values a column has. It is asked for each chunk of a plan: a set is made of the
+        values asked for and of those found, never of a million that the log has."""
+        wanted = pa.array(values, pa.string())
+        found = [
+            distinct.filter(pc.is_in(distinct, value_set=wanted))
+            for distinct in map(_distinct, self._rows[column].chunks)
+        ]
+        held = pa.chunked_array(found, pa.string())
+        return np.asarray(pc.is_in(wanted, value_set=held), np.bool_)
 
     def todo(
         self, output: str, done: Iterable[str], listed: Sequence[str] | pa.Array | None = None
@@ -196,13 +211,20 @@ class PlanLog:
             mask &= self._with_video(listed)
         return np.flatnonzero(mask)
 
-    def _with_video(self, video_ids: Sequence[str] | pa.Array) -> Bools:
-        """(tasks,) whether a task has a clip of one of those videos."""
-        if not len(self):
+    def added(self, since: int, listed: Sequence[str]) -> Ints:
+        """Positions, from `since` on, of first-generation tasks with a clip of a listed video."""
+        positions = np.arange(since, len(self))
+        first = np.asarray(self._per_task("generation"), np.int64)[since:] == 0
+        return positions[first & self._with_video(listed, since)] if len(positions) else positions
+
+    def _with_video(self, video_ids: Sequence[str] | pa.Array, since: int = 0) -> Bools:
+        """(tasks from `since` on,) whether a task has a clip of one of those videos."""
+        if len(self) <= since:
             return np.zeros(0, np.bool_)
-        wanted = pa.array(video_ids, pa.string())
-        hit = pc.is_in(self._rows["video_id"].cast(pa.string()), value_set=wanted).to_numpy()
-        return np.asarray(np.logical_or.reduceat(hit, self._starts[:-1]), np.bool_)
+        wanted, begin = pa.array(video_ids, pa.string()), int(self._starts[since])
+        ids = self._rows["video_id"].slice(begin).cast(pa.string())
+        hit = pc.is_in(ids, value_set=wanted).to_numpy()
+        return np.asarray(np.logical_or.reduceat(hit, self._starts[since:-1] - begin), np.bool_)
 
     def task(self, position: int) -> Task:
         """The task at a position of the log."""
@@ -259,6 +281,13 @@ class PlanLog:
         """Positions of those tasks; ids that the log does not have are left out."""
         found = pc.is_in(self.task_ids, value_set=pa.array(task_ids, pa.string()))
         return np.flatnonzero(np.asarray(found, np.bool_))
+
+
+def _distinct(chunk: pa.Array) -> pa.StringArray:
+    """The values of an array, each about once: a dictionary has them already."""
+    if pa.types.is_dictionary(chunk.type):
+        return chunk.dictionary.cast(pa.string())
+    return pc.unique(chunk.cast(pa.string()))
 
 
 def _values(column: pa.ChunkedArray) -> list[Any]:

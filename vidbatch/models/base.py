@@ -28,6 +28,7 @@ from vidbatch.data import (
 from vidbatch.errors import ModelError, UsageError
 from vidbatch.models.answers import every_label, keep_boxes, keep_labels
 from vidbatch.models.masks import mask_rows
+from vidbatch.models.precision import ready
 
 
 class PlainModel(Protocol):
@@ -78,9 +79,10 @@ class Facts:
     on_host = False
     """Whether it wants CPU tensors whatever the device of the predictor is."""
     precisions: tuple[str, ...] = ("fp32",)
-    """Those it can run in; it finds the one it shall in `self.spec.precision`."""
+    """Those it can run in; it finds the one it shall in `self.spec.precision`. Of a torch module
+    that it keeps as `self.network` all of `precision.PRECISIONS` are done for it after `load`."""
     compiles = False
-    """Whether it heeds `self.spec.compile`."""
+    """Whether it heeds `self.spec.compile`; done for it likewise."""
     semantics = 1
     """Counted up when the same pixels give other rows; part of the fingerprint."""
 
@@ -106,12 +108,15 @@ class PlainAdapter:
         return self._spec
 
     def load(self, device: str) -> None:
-        """Calls the plain model's `load(device)` if it has one. Raises ModelError."""
+        """Calls the plain model's `load(device)` if it has one, then brings a `network` that it has
+        to the precision of the spec. Raises ModelError."""
         load = getattr(self.plain, "load", None)
-        if load is None:
-            return
         try:
-            load(device)
+            if load is not None:
+                load(device)
+            changed = self._spec.precision != "fp32" or self._spec.compile
+            if changed and (network := getattr(self.plain, "network", None)) is not None:
+                self.plain.network = ready(network, self._spec, device)
         except ModelError:
             raise
         except Exception as error:

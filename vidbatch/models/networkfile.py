@@ -25,6 +25,7 @@ A network of a fixed batch gets its last batch filled up. Arithmetic on answers:
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -201,9 +202,9 @@ def _words(found: Any, at: str) -> list[str]:
         raise UsageError(
             f"{at}: expected a list of words, got {found!r}; quote numbers, yes and no"
         )
-    twice = sorted({x for x in found if found.count(x) > 1}) if len(set(found)) < len(found) else []
-    if twice:
-        raise UsageError(f"{at}: {twice[0]!r} stands there twice; rows could not be told apart")
+    most, times = Counter(found).most_common(1)[0]
+    if times > 1:
+        raise UsageError(f"{at}: {most!r} stands there twice; rows could not be told apart")
     return found
 
 
@@ -238,7 +239,7 @@ def _input(what: Mapping[str, Any], where: str) -> dict[str, Any]:
 def _boxes(what: Mapping[str, Any], yolo: bool, where: str) -> dict[str, Any]:
     given, at = read_mapping(what, "boxes", where), f"{where}.boxes"
     check_keys(given, ("iou",) if yolo else ("form", "unit", "iou"), at)
-    iou = given.get("iou", 0.5 if yolo else None)
+    iou: Any = given.get("iou", 0.5 if yolo else None)
     if iou is not None:
         check_number(iou, float, 0, 1, f"{at}.iou")
     if yolo:
@@ -257,9 +258,10 @@ class NetworkFile:
     files: Mapping[str, bytes]
     weights: tuple[WeightFile, ...] = ()
     spec: ModelSpec
-    geometry: Geometry
+    geometry: Geometry | None = None
 
     def __init__(self) -> None:
+        self._network: Any = None  # what the runtime made of the file
         self._call: Callable[[torch.Tensor], list[torch.Tensor]] | None = None
         self._scale: Any = None
         self._shift: Any = None
@@ -287,7 +289,7 @@ class NetworkFile:
 
     def close(self) -> None:
         """Forgets the network."""
-        self._call = None
+        self._network = self._call = None
 
     def _open(self, path: Path, device: str) -> int:
         """Reads the network; the only batch it takes, or 0."""
@@ -312,6 +314,7 @@ class NetworkFile:
         """Axis → its length, of what the network gets."""
         if self.spec.audio is not None:
             return {"n": 0, "samples": self.spec.audio.samples}
+        assert self.geometry is not None
         frames = self.spec.window.frames if self.spec.window else 0
         found = {"n": 0, "t": frames, "c": 3, "h": self.geometry.height_px,
                  "w": self.geometry.width_px}  # fmt: skip

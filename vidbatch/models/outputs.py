@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def read_outputs(
     options: Mapping[str, Any],
     spec: ModelSpec,
-    geometry: Geometry,
+    geometry: Geometry | None,
     outputs: Sequence[torch.Tensor],
     source_px: Ints,
 ) -> dict[str, Any]:
@@ -27,7 +27,7 @@ def read_outputs(
 
     Args:
         options: `gives`, `labels`, `scores`, `boxes` as `networkfile` read them.
-        geometry: of the picture the network saw.
+        geometry: of the picture the network saw; null of sound.
         outputs: one per word of `gives`.
         source_px: (B, 2) upright width and height of the frames.
 
@@ -51,7 +51,9 @@ def read_outputs(
                 f"B, then {len(classes)} labels where they count; set gives, labels or dim",
                 kind="model_answer",
             )
-        return value if value.dtype in (torch.int32, torch.int64) else value.float()
+        whole = value.dtype in (torch.int32, torch.int64)
+        checked: torch.Tensor = value if whole else value.float()
+        return checked
 
     answer: dict[str, Any] = {}
     if "embeddings" in named:
@@ -110,11 +112,12 @@ def _yolo(
 def _rows(
     options: Mapping[str, Any],
     spec: ModelSpec,
-    geometry: Geometry,
+    geometry: Geometry | None,
     found: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     source_px: Ints,
 ) -> BoxRows:
     """The boxes above the floor, of labels that are kept, the weaker of two alike dropped."""
+    assert geometry is not None
     rule, classes = options["boxes"], options["labels"]
     floor = json.loads(spec.thresholds)["min_score"]
     scores, numbers, boxes = (x.cpu().numpy() for x in found)
@@ -160,6 +163,6 @@ def _strongest(groups: Ints, xyxy: Any, score: Any, iou: float) -> Ints:
     for group in np.unique(groups):
         at = np.flatnonzero(groups == group)
         sides = np.concatenate([xyxy[at, :2], xyxy[at, 2:] - xyxy[at, :2]], axis=1)
-        left = cv2.dnn.NMSBoxes(sides.tolist(), score[at].tolist(), -1.0, iou)
+        left = cv2.dnn.NMSBoxes(sides.tolist(), score[at].tolist(), 0.0, iou)
         stay.append(at[np.sort(np.ravel(left)).astype(np.int64)])
     return np.sort(np.concatenate(stay)) if stay else np.zeros(0, np.int64)

@@ -112,10 +112,11 @@ class Runner:
         try:
             found = staged.inputs[input_key(model.spec)]
             if model.spec.crop is None:
-                whole = self._predict_rows(model, found, group)
+                whole = self._predict_rows(model, staged, found, group)
             else:
                 boxes = [answers[i][model.spec.crop.on] for i in group]
-                whole = self._predict_crops(model, found, group, cast(list[Predictions], boxes))
+                parents = cast(list[Predictions], boxes)
+                whole = self._predict_crops(model, staged, found, group, parents)
         except ModelError as error:
             if len(group) == 1:
                 return [error]
@@ -126,7 +127,9 @@ class Runner:
             for i, end in zip(group, ends, strict=True)
         ]
 
-    def _predict_rows(self, model: Model, found: Input, group: Sequence[int]) -> Predictions:
+    def _predict_rows(
+        self, model: Model, staged: Staged, found: Input, group: Sequence[int]
+    ) -> Predictions:
         """The answers for the rows of a group."""
         import torch
 
@@ -154,11 +157,13 @@ class Runner:
                 source_px=found.source_px[some],
             )
 
-        return self._predict(model, len(rows), make)
+        keys = np.concatenate([staged.pieces[i].keys for i in group])
+        return self._predict(model, keys, make)
 
     def _predict_crops(
         self,
         model: Model,
+        staged: Staged,
         found: Input,
         group: Sequence[int],
         parents: Sequence[Predictions],
@@ -182,27 +187,31 @@ class Runner:
                 source_px=size[lo:hi],
             )
 
-        answer = self._predict(model, len(item), make)
+        keys = np.concatenate([staged.pieces[i].keys for i in group])[item]
+        answer = self._predict(model, keys, make)
         return replace(answer, n=whole.n, crops=Crops(item=item, detection=ordinal))
 
-    def _predict(self, model: Model, n: int, make: Callable[[int, int], Batch]) -> Predictions:
-        """The answers for n items, ≤ `_sizes` at a time; `make(lo, hi)` is the batch of some."""
-        name = model.spec.name
+    def _predict(self, model: Model, keys: Ints, make: Callable[[int, int], Batch]) -> Predictions:
+        """The answers for items, ≤ `_sizes` at a time; `make(lo, hi)` is the batch of some."""
+        name, n = model.spec.name, len(keys)
         parts: list[Predictions] = []
         done = 0
         while done < n:
             some = min(self._sizes[name], n - done)
+            batch = None
             try:
-                answer = model.predict(make(done, done + some))
+                batch = make(done, done + some)
+                answer = model.predict(batch)
+                check_predictions(model.spec, answer, some)
             except Exception as error:
+                place = _place(model.spec, batch, keys[done : done + some])
                 if not _out_of_memory(error):
-                    raise self._model_error(model, some, error) from error
+                    raise self._model_error(model, place, error) from error
                 if some == 1:
-                    raise self._model_error(model, 1, error, kind="out_of_memory") from error
+                    raise self._model_error(model, place, error, kind="out_of_memory") from error
                 self._sizes[name] = max(1, some // 2)
                 self.halved += 1
                 continue
-            check_predictions(model.spec, answer, some)
             parts.append(answer)
             done += some
         return join_predictions(parts) if parts else empty_predictions(model.spec)
@@ -211,18 +220,19 @@ class Runner:
         return found.host if found.device is None or on_host(model) else found.device
 
     def _model_error(
-        self, model: Model, n: int, error: Exception, kind: str = "model_raised"
+        self, model: Model, place: str, error: Exception, kind: str = "model_raised"
     ) -> ModelError:
         """The error of one batch; a lost device is no model's fault and passes."""
         import torch
 
         if isinstance(error, ModelError):
-            return error
+            return ModelError(f"{error.message} (on {place})", kind=error.kind, advice=error.advice)
         if isinstance(error, torch.AcceleratorError):
             raise error
         return ModelError(
-            f"model {model.spec.name}: raised {type(error).__name__} on {n} frames: {error}; its "
-            "rows of these frames are left out; `vidbatch try` runs it alone",
+            f"model {model.spec.name}: raised {type(error).__name__} on {place}: "
+            f"{' '.join(str(error).split())[:240]}; its rows of these are left out; `vidbatch "
+            "config check` runs it alone",
             kind=kind,
         )
 
@@ -239,6 +249,15 @@ def _rows(found: Input, group: Sequence[int]) -> Ints:
     """The rows of some pieces, one after the other."""
     every = np.arange(found.starts[-1])
     return np.concatenate([every[found.rows_of(i)] for i in group])
+
+
+def _place(spec: ModelSpec, batch: Batch | None, keys: Ints) -> str:
+    """What a batch was: how many items, their keys, the shapes of its arrays."""
+    kind = "crops" if spec.crop else "windows" if spec.window or spec.audio else "frames"
+    key = "window" if spec.audio else "frame_index"
+    arrays = {name: getattr(batch, name, None) for name in ("pixels", "previous", "samples")}
+    shapes = [f", {name} {tuple(a.shape)}" for name, a in arrays.items() if a is not None]
+    return f"{len(keys)} {kind} ({key} {keys[0]}..{keys[-1]}{''.join(shapes)})"
 
 
 def _without_parent(spec: ModelSpec, cause: ModelError) -> ModelError:

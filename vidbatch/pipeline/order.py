@@ -19,12 +19,14 @@ from vidbatch.data import (
     DecodeEvent,
     DecodeLimits,
     Geometry,
+    Ints,
     Output,
     Predictions,
     Sample,
     Task,
 )
 from vidbatch.errors import ModelError
+from vidbatch.ledger import PlanLog
 from vidbatch.progress import Counts
 from vidbatch.storage import StoreSettings
 
@@ -69,6 +71,31 @@ class WorkOrder:
     attempt: int = 1
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Orders:
+    """Some work of the plan log, made into orders one by one."""
+
+    log: PlanLog
+    positions: Ints
+    """In the log, in the order of work."""
+    lacking: Mapping[int, tuple[str, ...]]
+    """Position → fingerprints of the outputs that lack the task."""
+    every: tuple[str, ...]
+    """Fingerprints of all outputs: what tasks lack that are not in `lacking`."""
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def __iter__(self) -> Iterator[WorkOrder]:
+        for position, task in zip(self.positions, self.log.tasks(self.positions), strict=True):
+            yield WorkOrder(task=task, outputs=self.lacking.get(int(position), self.every))
+
+    @property
+    def cost_s(self) -> float:
+        """Planned core seconds."""
+        return float(self.log.costs_s[self.positions].sum())
+
+
 class SlowClip(NamedTuple):
     """What reading and decoding one clip took."""
 
@@ -92,6 +119,8 @@ class TaskReport:
     device: str
     slowest: tuple[SlowClip, ...] = ()
     """Up to 3 clips, the slowest first."""
+    silent: Mapping[str, str] = field(default_factory=dict)
+    """Model that failed on every clip it was asked about → why it failed on the last one."""
     fallbacks: Mapping[str, int] = field(default_factory=dict)
     """Why clips were decoded in order, without the numbers → clips."""
 

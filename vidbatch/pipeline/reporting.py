@@ -43,6 +43,12 @@ def task_report(
             if o.status != "ok"
         )[:20],
         device=device,
+        silent={
+            name: next(o.reason or "" for o in reversed(outcomes) if o.stage == "predict")
+            for name, outcomes in outcomes_of.items()
+            if any(o.stage == "predict" for o in outcomes)
+            and all(o.status == "failed" for o in outcomes)
+        },
         slowest=tuple(
             SlowClip(s.clip.video.uri, s.clip.start_s, s.seconds, s.bytes_read, s.gets)
             for s in sorted(states, key=lambda s: -s.seconds)[:MAX_SLOWEST]

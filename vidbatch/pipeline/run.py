@@ -11,9 +11,8 @@ import json
 import signal
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -21,15 +20,18 @@ from types import FrameType
 from typing import Any
 
 from vidbatch.config import Job
-from vidbatch.data import Video
 from vidbatch.errors import VidbatchError
-from vidbatch.pipeline.engine import Engine, LocalEngine, Probed
-from vidbatch.pipeline.order import RunSpec, SlowClip, TaskReport, WorkOrder
+from vidbatch.pipeline.engine import Engine, LocalEngine
+from vidbatch.pipeline.order import RunSpec, SlowClip, TaskReport
+from vidbatch.pipeline.supply import PlannedSupply
 from vidbatch.pipeline.survey import Survey, new_run_id, take_survey
 from vidbatch.progress import Counts, Progress, human_s
 
 FAILURE_LIMIT_AFTER = 50
 """Outcomes before the failure limit may stop a run."""
+
+SILENT_TASKS = 3
+"""Tasks in a row in which a model gave nothing before a run stops."""
 
 MAX_SLOWEST = 20
 """Clips that the summary names."""
@@ -103,6 +105,8 @@ class _Conductor:
         self.by_output: dict[str, Counter[str]] = {}
         self.kinds: Counter[str] = Counter()
         self.fallbacks: Counter[str] = Counter()
+        self.silent: Counter[str] = Counter()
+        """Model → tasks in a row in which it failed on every clip."""
         self.slowest: list[SlowClip] = []
         self.stop_reason: str | None = None
         self.exit_code = 0
@@ -139,7 +143,7 @@ class _Conductor:
         return RunResult(run=run, exit_code=self.exit_code, summary=summary)
 
     def _drive(self, events: _Events) -> Mapping[str, Any]:
-        supply = _Supply(self.survey, self.engine, self.progress)
+        supply = PlannedSupply(self.survey, self.engine, self.progress)
         try:
             for report in self.engine.run(supply):
                 self._take(report, supply, events)
@@ -151,7 +155,7 @@ class _Conductor:
             self.stop_reason = "stopped"
         return facts
 
-    def _take(self, report: TaskReport, supply: _Supply, events: _Events) -> None:
+    def _take(self, report: TaskReport, supply: PlannedSupply, events: _Events) -> None:
         elapsed = time.monotonic() - self.started
         if self.first_commit_s is None:
             self.first_commit_s = elapsed
@@ -169,6 +173,7 @@ class _Conductor:
         self.slowest = slowest[:MAX_SLOWEST]
         for partition, status in report.committed.items():
             self.by_output.setdefault(partition, Counter())[status] += 1
+        self._count_silent(report)
         events.add(
             "task",
             task=report.task_id,
@@ -177,6 +182,18 @@ class _Conductor:
             failures=[list(f) for f in report.failures],
         )
         self._check_limits()
+
+    def _count_silent(self, report: TaskReport) -> None:
+        names = {o.partition: o.name for o in self.survey.spec.outputs}
+        for name in (names[partition] for partition in report.committed):
+            self.silent[name] = self.silent[name] + 1 if name in report.silent else 0
+            if self.silent[name] >= SILENT_TASKS and self.stop_reason is None:
+                self.exit_code = 4
+                self._halt(
+                    f"{name} failed on every clip of {SILENT_TASKS} tasks in a row: "
+                    f"{report.silent[name]}; mend it (`vidbatch config check` runs it), or take it "
+                    "out of the job"
+                )
 
     def _check_limits(self) -> None:
         c, limits = self.counts, self.job.limits
@@ -272,63 +289,6 @@ class _Conductor:
             if self.exit_code == 0:
                 raise
         return summary
-
-
-class _Supply:
-    """Orders of the plan log first, then of new videos; large ones are probed chunk by chunk
-    in a background thread while the first tasks run."""
-
-    def __init__(self, survey: Survey, engine: Engine, progress: Progress) -> None:
-        self._survey, self._engine, self._progress = survey, engine, progress
-        self._ready: deque[WorkOrder] = deque()
-        self._costs: dict[str, float] = {}
-        self._large = deque(survey.large)
-        self._background = ThreadPoolExecutor(1, "probe") if engine.width > 1 else None
-        self._probing: Future[list[Probed]] | None = None
-        self._put(survey.open_orders())
-        self._put(survey.plan_small(first=2 * engine.width))
-
-    def take(self) -> WorkOrder | None:
-        """The next order; None while a chunk is still being probed."""
-        self._probe(wait=False)
-        if self._background is None:
-            while not self._ready and not self.finished:
-                self._probe(wait=True)
-        return self._ready.popleft() if self._ready else None
-
-    @property
-    def finished(self) -> bool:
-        """Nothing ready, nothing left to probe."""
-        return not self._ready and not self._large and self._probing is None
-
-    def cost_of(self, task_id: str) -> float:
-        """Planned seconds of a task handed out; forgets it."""
-        return self._costs.pop(task_id, 0.0)
-
-    def close(self) -> None:
-        """Ends the probing thread."""
-        if self._background is not None:
-            self._background.shutdown(wait=True, cancel_futures=True)
-
-    def _put(self, orders: list[WorkOrder]) -> None:
-        self._ready.extend(orders)
-        self._costs.update((o.task.task_id, o.task.cost_s) for o in orders)
-        if orders:
-            self._progress.expect(len(orders), sum(o.task.cost_s for o in orders))
-
-    def _probe(self, *, wait: bool) -> None:
-        if self._probing is not None and (wait or self._probing.done()):
-            probed, self._probing = self._probing.result(), None
-            self._put(self._survey.plan_probed(probed, first=2 * self._engine.width))
-        if self._probing is None and self._large:
-            chunk: list[Video] = []
-            while self._large and len(chunk) < 4 * self._engine.width:
-                chunk.append(self._large.popleft())
-            if self._background is not None:
-                self._probing = self._background.submit(self._engine.probe, chunk)
-            else:
-                probed = self._engine.probe(chunk)
-                self._put(self._survey.plan_probed(probed, first=2))
 
 
 class _Events:

@@ -10,18 +10,21 @@ No video byte and no commit record is read for it.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+
 from vidbatch.archive import Listing, list_archive
 from vidbatch.config import Job
-from vidbatch.data import Clip, Output, Task, Video
+from vidbatch.data import Clip, Ints, Output, Task, Video
 from vidbatch.errors import RefusedError
 from vidbatch.ledger import Ledger, PlanLog
 from vidbatch.pipeline.engine import Probed
-from vidbatch.pipeline.order import RunSpec, WorkOrder
+from vidbatch.pipeline.order import Orders, RunSpec
 from vidbatch.pipeline.resolve import archive_rule, run_spec
 from vidbatch.plan import Piece, estimate_cost_s, pack, task_cost_s, whole
 from vidbatch.progress import human_bytes
@@ -30,6 +33,14 @@ from vidbatch.storage import open_store, probe_create_only
 
 ASSUMED_BITS_PER_S = 4e6
 """Of video whose header nobody has read: `limits.max_video_hours` acts before the first byte."""
+
+
+FIRST_CHUNK_VIDEOS, CHUNK_VIDEOS = 1000, 50_000
+"""Videos planned from the listing alone that go into one chunk of the log: the first, the largest
+(13 MB of log; planning it takes 100 MB)."""
+
+MAX_PROBED = 1000
+"""Videos probed for one chunk: 60,000 clips if each has an hour."""
 
 
 def new_run_id(now: datetime) -> str:
@@ -56,25 +67,19 @@ class Survey:
     """Failed clips that come back by themselves, not yet in the log."""
     not_planned: dict[str, str] = field(default_factory=dict)
     """uri → why: large videos whose header could not be fetched; the next run takes them."""
+    _begun: bool = False
+    """Whether anything was planned."""
 
     @property
     def nothing_to_do(self) -> bool:
         """Every output of every listed video is committed."""
         return not (self.new or self.lacking or self.retries)
 
-    @property
-    def large(self) -> list[Video]:
-        """New videos that are probed before they are planned, in the job file's order."""
-        videos = [v for v in self.new if v.size_bytes > self.job.clips.split_above]
-        return sorted(
-            videos, key=lambda v: (v.dt, v.uri), reverse=self.job.engine.order == "newest"
-        )
-
     def listing_facts(self) -> dict[str, Any]:
         """The listing in numbers, for the summary."""
         return {
             "videos": len(self.listing.videos),
-            "bytes": sum(v.size_bytes for v in self.listing.videos),
+            "bytes": self.listing.bytes,
             "left_out": dict(self.listing.left_out),
             "no_date": self.listing.no_date,
             "new": len(self.new),
@@ -132,24 +137,52 @@ class Survey:
             todo.update((c.video.video_id, c.video) for c in task.clips)
         return sorted(todo.values(), key=lambda v: (v.uri, v.version))
 
-    def open_orders(self) -> list[WorkOrder]:
+    def orders(
+        self, probe: Callable[[Sequence[Video]], list[Probed]], *, width: int
+    ) -> Iterator[Orders]:
+        """All work: what the log has open, then new videos, planned as the iterator is asked.
+
+        Chunks of the plan grow from a few videos to CHUNK_VIDEOS: the first tasks are there at
+        once, and the log of a large archive has few chunks.
+
+        Args:
+            probe: see `Engine.probe`.
+            width: orders that can be under work at once.
+        """
+        yield self.open_orders()
+        limit = self.job.clips.split_above
+        small = self._in_order(v for v in self.new if v.size_bytes <= limit)
+        task_s = self._task_s(map(estimate_cost_s, (v.size_bytes for v in small)), width)
+        for chunk in _growing(small, FIRST_CHUNK_VIDEOS):
+            yield self._plan([whole(Clip(video=v)) for v in chunk], task_s, first=2 * width)
+        large = self._in_order(v for v in self.new if v.size_bytes > limit)
+        for chunk in _growing(large, 4 * width, most=MAX_PROBED):
+            yield self.plan_probed(probe(chunk), width=width)
+
+    def open_orders(self) -> Orders:
         """Tasks of the log that lack outputs, and automatic retries, in the job file's order."""
         if self.retries:
             self._append_retries()
-        tasks = self.log.tasks(self.lacking)
-        orders = [
-            WorkOrder(task=t, outputs=fps)
-            for t, fps in zip(tasks, self.lacking.values(), strict=True)
-        ]
-        orders.sort(key=lambda o: o.task.dt, reverse=self.job.engine.order != "oldest")
-        return orders
+        positions = np.fromiter(self.lacking, np.int64, len(self.lacking))
+        days = self.log.days.take(pa.array(positions)).to_numpy(zero_copy_only=False)
+        _, rank = np.unique(days.astype("U10"), return_inverse=True)
+        newest = self.job.engine.order != "oldest"
+        order = np.argsort(-rank if newest else rank, kind="stable")
+        return self._orders(positions[order])
 
-    def plan_small(self, *, first: int) -> list[WorkOrder]:
-        """Plans the videos that need no probing, from the listing alone."""
-        small = [v for v in self.new if v.size_bytes <= self.job.clips.split_above]
-        return self._plan([whole(Clip(video=v)) for v in small], first=first)
+    def _orders(self, positions: Ints) -> Orders:
+        every = tuple(o.fingerprint for o in self.spec.outputs)
+        return Orders(log=self.log, positions=positions, lacking=self.lacking, every=every)
 
-    def plan_probed(self, probed: Iterable[Probed], *, first: int) -> list[WorkOrder]:
+    def _in_order(self, videos: Iterable[Video]) -> list[Video]:
+        newest = self.job.engine.order != "oldest"
+        return sorted(videos, key=lambda v: (v.dt, v.uri), reverse=newest)
+
+    def _task_s(self, costs_s: Iterable[float], width: int) -> float:
+        limit_s = self.job.limits.task_minutes * 60
+        return task_cost_s(sum(costs_s), limit_s=limit_s, decoders=width)
+
+    def plan_probed(self, probed: Iterable[Probed], *, width: int) -> Orders:
         """Plans large videos once their headers are known; unreadable ones as one whole clip."""
         pieces: list[Piece] = []
         for found in probed:
@@ -177,35 +210,35 @@ class Survey:
                     )
                     for r in found.ranges
                 ]
-        return self._plan(pieces, first=first)
+        task_s = self._task_s((p.cost_s for p in pieces), width)
+        return self._plan(pieces, task_s, first=2 * width)
 
-    def _plan(self, pieces: list[Piece], *, first: int) -> list[WorkOrder]:
-        if not pieces:
-            return []
+    def _plan(self, pieces: list[Piece], task_s: float, *, first: int) -> Orders:
+        """Appends the tasks of some videos to the log; of the first chunk, `first` are short."""
+        before, mine = len(self.log), 0
         wanted = sorted({p.clip.video.video_id for p in pieces})
-        task_s = task_cost_s(
-            sum(p.cost_s for p in pieces),
-            limit_s=self.job.limits.task_minutes * 60,
-            decoders=max(1, first // 2),
-        )
+        num_first = 0 if self._begun else first
 
         def plan_new(log: PlanLog) -> list[Task]:
+            nonlocal mine
             known = {v for v, old in zip(wanted, log.knows(wanted), strict=True) if old}
-            return pack(
+            tasks = pack(
                 [p for p in pieces if p.clip.video.video_id not in known],
                 sampling=self.spec.sampling,
                 task_s=task_s,
-                num_first=first,
+                num_first=num_first,
                 order=self.job.engine.order,
             )
+            mine = len(tasks)
+            return tasks
 
         self.log = self.ledger.append_plan(self.log, plan_new)
-        every = tuple(o.fingerprint for o in self.spec.outputs)
-        # `todo` with no commits gives every task of these videos: also those that another
-        # driver planned first, whose attempts then meet ours at the same names
-        positions = self.log.todo(every[0], (), wanted)
-        fresh = [p for p in positions if int(p) not in self.lacking]
-        return [WorkOrder(task=t, outputs=every) for t in self.log.tasks(fresh)]
+        self._begun = self._begun or mine > 0
+        if len(self.log) == before + mine:
+            return self._orders(np.arange(before, len(self.log)))
+        # another driver has planned as well: its tasks of our videos are ours, too, and its
+        # attempts then meet ours at the same names
+        return self._orders(self.log.added(before, [v.video_id for v in self.new]))
 
     def _append_retries(self) -> None:
         listed = {v.video_id for v in self.listing.videos}
@@ -261,6 +294,16 @@ class Survey:
             },
         }
         self.ledger.finish_run(self.spec.run, dict(summary), row)
+
+
+def _growing(
+    videos: Sequence[Video], first: int, most: int = CHUNK_VIDEOS
+) -> Iterator[Sequence[Video]]:
+    """Cuts into pieces of `first`, then twice as many each time, up to `most`."""
+    begin, size = 0, min(first, most)
+    while begin < len(videos):
+        yield videos[begin : begin + size]
+        begin, size = begin + size, min(2 * size, most)
 
 
 def _lacking(

@@ -10,6 +10,7 @@ Everything comes back as JSON types.
 from vidbatch.report.holdings import failures, known_models, sweep_output, verify_output
 from vidbatch.report.runs import OutputStatus, RunStatus, Status, status
 from vidbatch.report.shown import (
+    bench_table,
     failures_table,
     models_table,
     status_table,
@@ -22,6 +23,7 @@ __all__ = [
     "OutputStatus",
     "RunStatus",
     "Status",
+    "bench_table",
     "failures",
     "failures_table",
     "known_models",

@@ -145,6 +145,20 @@ def models_table(found: Mapping[str, Any]) -> Table:
     return table
 
 
+def bench_table(found: Mapping[str, Any]) -> Table:
+    """What `models.bench` measured, for the terminal."""
+    table = _table("", "", "")
+    compiled = ", compiled" if found["compiled"] else ""
+    _add(table, "model", f"{found['model']}, {found['precision']}{compiled}")
+    _add(table, "where", f"{found['device']}, batches of {found['batch']}")
+    _add(table, "speed", f"{found['items_per_s']:.4g} items/s, over {found['items']} of them")
+    _add(table, "loading", f"{found['load_s']:.3g} s")
+    _add(table, "memory", f"{human_bytes(found['memory_bytes'])} at its peak")
+    for name, value in found["error"].items():
+        _add(table, f"against fp32: {name}", f"{value:.3g}")
+    return table
+
+
 def verify_table(found: Mapping[str, Any]) -> Table:
     """`verify_output` for the terminal."""
     table = _table("", "", "")

@@ -1,8 +1,9 @@
 """Runs probe and decode in a child process without credentials, network, files or environment.
 
 The child gets bytes only by asking: `source.read_at` runs here, in the parent, and its errors
-surface here. Frames come back through shared memory. A video that crashes, hangs or blows up the
-decoder costs one process and one attempt of one clip:
+surface here. Frames come back through shared memory, and are copied out of it before they are
+checked. A video that crashes, hangs or blows up the decoder costs one process and one attempt of
+one clip:
 
     Sandbox ── jobs, bytes ──▶ child (one clip at a time)     ✗ dies → DecoderDied for its clip,
        │   ◀── reads, events ──                                 the spare takes over at once,
@@ -13,23 +14,9 @@ decoder costs one process and one attempt of one clip:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from types import TracebackType
 from typing import Self
 
-from vidbatch.data import (
-    Audio,
-    AudioEnd,
-    AudioGrid,
-    ByteSource,
-    Clip,
-    ClipRange,
-    DecodeEvent,
-    DecodeLimits,
-    Geometry,
-    Sample,
-    VideoInfo,
-)
+from vidbatch.data import ByteSource, ClipRange, DecodeLimits, VideoInfo
 from vidbatch.sandbox.parent import Sandbox
 
 __all__ = ["InProcess", "Sandbox"]
@@ -41,59 +28,21 @@ class InProcess:
     restarts = 0
     last_exit: str | None = None
 
+    def __init__(self) -> None:
+        from vidbatch.audio import decode_audio  # PyAV: only where it is used
+        from vidbatch.decode import decode_clip
+
+        self.decode = decode_clip
+        self.audio = decode_audio
+
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         self.close()
 
     def close(self) -> None:
         """Nothing to end."""
-
-    def decode(
-        self,
-        source: ByteSource,
-        clip: Clip,
-        *,
-        sample: Sample,
-        geometries: Sequence[Geometry],
-        context: bool,
-        limits: DecodeLimits,
-        halo: int = 0,
-        following: Clip | None = None,
-    ) -> Iterator[DecodeEvent]:
-        """See `decode_clip`."""
-        from vidbatch.decode import decode_clip  # PyAV: only where it is used
-
-        return decode_clip(
-            source,
-            clip,
-            sample=sample,
-            geometries=geometries,
-            context=context,
-            limits=limits,
-            halo=halo,
-            following=following,
-        )
-
-    def audio(
-        self,
-        source: ByteSource,
-        clip: Clip,
-        *,
-        grids: Sequence[AudioGrid],
-        start_s: float,
-        limits: DecodeLimits,
-    ) -> Iterator[Audio | AudioEnd]:
-        """See `decode_audio`."""
-        from vidbatch.audio import decode_audio
-
-        return decode_audio(source, clip, grids=grids, start_s=start_s, limits=limits)
 
     def probe(
         self, source: ByteSource, *, limits: DecodeLimits, length_s: float, uri: str = "a video"

@@ -1,32 +1,27 @@
-"""One child process as its parent sees it: start, limits, slots of shared memory, end."""
+"""One child process as its parent sees it: start, limits, shared memory, end."""
 
 from __future__ import annotations
 
 import json
-import mmap
+import math
 import os
+import pickle
 import resource
 import socket
 import subprocess
 import sys
-import weakref
-from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from vidbatch.data import Pixels
 from vidbatch.errors import InfraError
 from vidbatch.sandbox import wire
 
-SLOTS = 4
-"""Chunks in shared memory: one being written, one on the way, `LENT` with the consumer."""
-LENT = 2
-"""Slots the consumer may hold as views; a chunk beyond is copied, so the child never starves."""
-WINDOW_BYTES = 4 * 2**30
-"""Address space for the slots; only what is written takes memory."""
+WINDOW_BYTES = 2**30
+"""Address space for one chunk; the child gets the size of its job's, and takes what it writes."""
 START_S = 60.0
 """An interpreter with numpy and av is up in 0.2 s; on a busy node in some seconds."""
 
@@ -38,37 +33,29 @@ _BOOT = (
 _PACKAGE_ROOT = str(Path(__file__).resolve().parents[2])
 
 
-class ChildGoneError(Exception):
-    """The child died, hung or broke the protocol; `kind` is a kind of DecoderDied."""
-
-    def __init__(self, kind: str, what: str) -> None:
-        super().__init__(what)
-        self.kind = kind
-        self.what = what
-
-
 class Process:
     """A locked-in child, ready for jobs. Make it in a thread that lives as long as the child may:
     the kernel ends the child together with that thread.
+
+    Args:
+        modules: see `Sandbox.MODULES`.
+        memory_bytes: see `Sandbox`.
+        stall_s: what `send` and `receive` wait at most.
 
     Raises:
         InfraError: it could not be started or locked in on this machine.
     """
 
-    def __init__(self, modules: tuple[str, str], memory_bytes: int) -> None:
+    def __init__(self, modules: tuple[str, str], memory_bytes: int, stall_s: float) -> None:
         self.jobs = 0
         self.idle = True
         """Whether no job is under way."""
-        self.slot_bytes = 0
         self.last_words = ""
         """What it had written to stderr when it ended: untrusted text, printable, short."""
         self._ended = False
-        self._max_payload_bytes = 0
-        self._memory: mmap.mmap | None = None
-        self._granted: set[int] = set()
-        self._lent: set[int] = set()
-        self._returned: deque[int] = deque()
-        self._memory_fd = os.memfd_create("vidbatch-frames", os.MFD_CLOEXEC)
+        self._stall_s = START_S
+        self._shared_bytes = 0
+        self._memory_fd = os.memfd_create("vidbatch-chunk", os.MFD_CLOEXEC)
         self._stderr, stderr = os.pipe()
         os.set_blocking(self._stderr, False)
         os.set_blocking(stderr, False)  # a child that talks too much loses words, it does not stop
@@ -95,16 +82,17 @@ class Process:
             )
         os.close(stderr)
         try:
-            header, _ = self.receive(START_S)
-            if header["op"] != "ready":
-                raise ChildGoneError("decoder_crash", f"said {header['op']!r} instead of ready")
-        except ChildGoneError as gone:
+            said, _ = self.receive()
+            if not isinstance(said, wire.Ready):
+                raise wire.BreachError(f"{type(said).__name__} instead of Ready")
+        except wire.GoneError as gone:
             self.end()
             raise InfraError(
                 f"the decoder process did not start: {gone.what} {self.last_words} — "
                 "nothing can be decoded in isolation on this machine — fix the cause, or set "
                 "limits.isolate: false for trusted files"
             ) from None
+        self._stall_s = stall_s
 
     @property
     def pid(self) -> int:
@@ -115,74 +103,47 @@ class Process:
         """Whether the process still runs."""
         return self._popen.poll() is None
 
-    def fit(self, slot_bytes: int) -> bool:
-        """Makes slots of at least `slot_bytes`, once; False if they are there and smaller.
-
-        The size never changes later: a consumer may still look into them.
-        """
-        if slot_bytes and self._memory is None:  # a probe needs none, and must not fix their size
-            self.slot_bytes = -(-slot_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
-            os.ftruncate(self._memory_fd, SLOTS * self.slot_bytes)
-            self._memory = mmap.mmap(self._memory_fd, SLOTS * self.slot_bytes)
-        return slot_bytes <= self.slot_bytes
-
-    def begin(
-        self, job: wire.Header, cpu_s: float, timeout_s: float, max_payload_bytes: int
-    ) -> None:
-        """Sends a job with the slots that are free, and renews the limit of CPU time."""
+    def begin(self, job: Any, cpu_s: float, chunk_bytes: int) -> None:
+        """Sends a job, with room for its chunks and `cpu_s` of CPU time. Raises GoneError."""
+        if chunk_bytes > self._shared_bytes:
+            os.ftruncate(self._memory_fd, chunk_bytes)
+            self._shared_bytes = chunk_bytes
         soft = int(self._cpu_s() + cpu_s) + 1
         resource.prlimit(self.pid, resource.RLIMIT_CPU, (soft, resource.RLIM_INFINITY))
-        self._max_payload_bytes = max_payload_bytes
         self.jobs += 1
         self.idle = False
-        self._granted = set()
-        self._take_back()
-        self._granted = set(range(SLOTS)) - self._lent
-        slots = {"slots": sorted(self._granted), "slot_bytes": self.slot_bytes}
-        self.send(job | slots, timeout_s=timeout_s)
+        self.send(pickle.dumps(job))
 
-    def send(self, header: wire.Header, payload: bytes = b"", *, timeout_s: float) -> None:
-        """Sends a message. Raises ChildGoneError."""
-        with self._blamed(timeout_s):
-            self._sock.settimeout(timeout_s)
-            wire.send(self._sock, header, payload)
+    def send(self, payload: bytes = b"") -> None:
+        """Sends a message. Raises GoneError."""
+        wire.send(self._sock, payload, timeout_s=self._stall_s)
 
-    def receive(self, timeout_s: float) -> tuple[wire.Header, bytes]:
-        """The child's next message. Raises ChildGoneError."""
-        with self._blamed(timeout_s):
-            return wire.receive(self._sock, self._max_payload_bytes, timeout_s)
+    def receive(self) -> tuple[wire.Said, bytes]:
+        """The child's next message and its payload. Raises GoneError."""
+        text, payload = wire.receive(self._sock, self._stall_s)
+        return wire.load(text), payload
 
-    def give_back_slots(self, timeout_s: float) -> None:
-        """Tells the child which slots the consumer has let go of. Raises ChildGoneError."""
-        for slot in self._take_back():
-            self._grant(slot, timeout_s)
+    def take(self, shapes: Sequence[tuple[int, ...]], kind: type[Any]) -> list[npt.NDArray[Any]]:
+        """Copies of the arrays that lie one after the other in the shared memory.
 
-    def lend(self, slot: int, used_bytes: int, timeout_s: float) -> Pixels:
-        """The bytes of a slot the child has filled; it is the child's again when they are garbage.
+        Then the child may write there again: it cannot change what was checked or is in use.
 
         Raises:
-            BreachError: the slot was not the child's to fill, or is smaller than that.
-            ChildGoneError: it does not listen.
+            BreachError: there is no room for arrays of these shapes.
+            GoneError: it does not listen.
         """
-        if self._memory is None or slot not in self._granted or used_bytes > self.slot_bytes:
-            raise wire.BreachError(f"{used_bytes} bytes in slot {slot}")
-        self._granted.remove(slot)
-        # an array of its own: numpy has views of views point at the first array, past those between
-        pixels = np.frombuffer(self._memory, np.uint8, used_bytes, slot * self.slot_bytes)
-        if len(self._lent) >= LENT:
-            pixels = pixels.copy()
-            self._grant(slot, timeout_s)
-        else:
-            self._lent.add(slot)
-            # views of `pixels` keep `pixels` alive: the last of them returns the slot
-            weakref.finalize(pixels, self._returned.append, slot).atexit = False
-        return pixels
+        total = sum(map(math.prod, shapes)) * np.dtype(kind).itemsize
+        if total > self._shared_bytes:
+            raise wire.BreachError(f"a chunk of {total} bytes in {self._shared_bytes}")
+        arrays = [np.empty(shape, kind) for shape in shapes]
+        at = 0
+        for array in arrays:
+            at += os.preadv(self._memory_fd, [array.data], at)  # at most 1 GiB: never in parts
+        self.send()
+        return arrays
 
     def end(self, grace_s: float = 0.0) -> int | None:
-        """Ends the process; gives its return code if it ended by itself within `grace_s`.
-
-        Arrays lent out stay valid.
-        """
+        """Ends the process; gives its return code if it ended by itself within `grace_s`."""
         code: int | None = None
         if self._ended:
             return code
@@ -202,26 +163,6 @@ class Process:
         os.close(self._memory_fd)
         return code
 
-    def _take_back(self) -> list[int]:
-        slots = [self._returned.popleft() for _ in range(len(self._returned))]
-        self._lent.difference_update(slots)
-        return slots
-
-    def _grant(self, slot: int, timeout_s: float) -> None:
-        self._granted.add(slot)
-        self.send({"op": "free", "slot": slot}, timeout_s=timeout_s)
-
     def _cpu_s(self) -> float:
         fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-    @contextmanager
-    def _blamed(self, timeout_s: float) -> Iterator[None]:
-        try:
-            yield
-        except TimeoutError:
-            raise ChildGoneError("decoder_timeout", f"gave no sign for {timeout_s:.3g} s") from None
-        except wire.BreachError as breach:
-            raise ChildGoneError("decoder_crash", f"broke the protocol: {breach}") from None
-        except (wire.ClosedError, OSError):
-            raise ChildGoneError("", "ended") from None

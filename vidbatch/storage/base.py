@@ -31,6 +31,7 @@ MAX_METADATA_BYTES = 2048
 
 TRANSIENT_KINDS = frozenset(
     {"unreachable", "timeout", "reset", "busy", "server_error", "conflict", "short_body"}
+    | {"damaged", "expired"}
 )
 """Kinds of StoreError that the next attempt may cure."""
 

@@ -36,6 +36,7 @@ from vidbatch.storage.base import (
     shown,
     utc,
 )
+from vidbatch.storage.checksum import is_damaged
 
 CONNECT_TIMEOUT_S = 10
 READ_TIMEOUT_S = 60
@@ -111,7 +112,12 @@ class S3Store(Store):
 
     def get(self, key: str) -> bytes:
         """See `Store.get`."""
-        return persist(lambda: self._read(self._once("get_object", key, Key=self._root + key), key))
+
+        def whole() -> bytes:
+            said = self._once("get_object", key, Key=self._root + key)
+            return self._checked(self._read(said, key), said, key)
+
+        return persist(whole)
 
     def head(self, key: str) -> Entry | None:
         """See `Store.head`."""
@@ -160,7 +166,7 @@ class S3Store(Store):
         expected = len(data) if whole or total == "*" else min(length, int(total) - offset)
         if len(data) != expected:
             raise self._short(key, len(data), expected)
-        return data
+        return self._checked(data, said, key) if whole or total == str(len(data)) else data
 
     def put_new(self, key: str, data: bytes, metadata: Mapping[str, str] = {}) -> None:
         """See `Store.put_new`: one PUT with `If-None-Match: *`, also for zero bytes."""
@@ -187,11 +193,13 @@ class S3Store(Store):
 
     def _once(self, operation: str, key: str, **parameters: Any) -> dict[str, Any]:
         try:
-            answer: dict[str, Any] = _connect(self.settings).call_s3(
-                operation, Bucket=self.bucket, **parameters
-            )
+            fs = _connect(self.settings)
+            answer: dict[str, Any] = fs.call_s3(operation, Bucket=self.bucket, **parameters)
         except _failures() as error:
-            raise _translate(error, self.uri_of(key)) from error
+            failure = _translate(error, self.uri_of(key))
+            if failure.kind == "expired":
+                _forget(fs)
+            raise failure from error
         return answer
 
     def _read(self, answer: dict[str, Any], key: str, most: int | None = None) -> bytes:
@@ -220,6 +228,12 @@ class S3Store(Store):
             raise self._short(key, len(data), declared)
         return data
 
+    def _checked(self, data: bytes, answer: dict[str, Any], key: str) -> bytes:
+        if is_damaged(self.bucket, data, answer):
+            what = "the bytes that came are not those that are stored"
+            raise StoreError(f"{shown(self.uri_of(key))}: {what}", kind="damaged")
+        return data
+
     def _drop(self, answer: dict[str, Any]) -> None:
         from fsspec.asyn import sync
 
@@ -237,6 +251,13 @@ class S3Store(Store):
 
 _connections: dict[Any, Any] = {}
 _connecting = threading.Lock()
+
+
+def _forget(fs: Any) -> None:
+    """The next request connects anew, with what the chain of credentials gives by then."""
+    with _connecting:
+        for key in [k for k, known in _connections.items() if known is fs]:
+            del _connections[key]
 
 
 def _connect(settings: StoreSettings) -> Any:

@@ -26,6 +26,7 @@ from vidbatch.data import (
 from vidbatch.errors import ModelError
 from vidbatch.models.base import undo_fit
 from vidbatch.models.huggingface.facts import ANY_SIZE, DETECTORS
+from vidbatch.models.precision import PRECISIONS, settle
 from vidbatch.models.weights import WeightFile, staged
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ class Network:
     """Loading, precision and pixels, as all tasks have them; `options` come with the subclass."""
 
     options: ClassVar[dict[str, Any]] = {}
-    precisions = ("fp32", "bf16", "fp16")
+    precisions = PRECISIONS
     compiles = True
     batch = 32
 
@@ -61,10 +62,8 @@ class Network:
         with staged(self.weights, self.files) as folder:
             network = self._read(str(folder))
             self._prepare(str(folder), network)
-        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-        self._dtype = dtype[self.spec.precision]
         self._device = torch.device(device)
-        self._network = network.to(self._device, self._dtype).eval().requires_grad_(False)
+        self._network, self._dtype = settle(network.eval(), self.spec.precision, self._device)
         self._call = self._entry(self._network)
         if self.spec.compile:
             self._call = torch.compile(self._call)
