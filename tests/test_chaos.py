@@ -52,7 +52,7 @@ def play(scenario: Callable[[Stage, int, Tally], None], stage: Stage, n: int) ->
     [
         (store_faults.zombies, 20),
         (store_faults.lost_answers, 20),
-        (store_faults.lossy_runs, 60),
+        (store_faults.lossy_runs, 40),
         (store_faults.credentials, 2),
         (store_faults.source_replaced, 3),
         (kills.drivers, 5),

@@ -27,7 +27,7 @@ class Model:
     features = ("mean",)
 
     def predict(self, batch):
-        time.sleep(0.25 * len(batch.pixels))
+        time.sleep(0.1 * len(batch.pixels))
         return {"features": batch.pixels[:, ::64, ::64].float().mean(dim=(1, 2, 3))[:, None]}
 """
 CAP_MIB = 200
@@ -35,22 +35,24 @@ CAP_MIB = 200
 
 
 def test_a_slow_predictor_fills_no_object_store(ray_cluster: None, tmp_path: Path) -> None:
-    """4K input at 6 MB a frame, 0.25 s a frame to predict: 1.2 GB of frames go through 200 MiB."""
+    """4K input at 6 MB a frame, 0.1 s a frame to predict: 620 MB of frames go through 200 MiB."""
+    import ray
     from ray._private.internal_api import memory_summary
 
+    address = ray.get_runtime_context().gcs_address  # others may run a Ray on this machine
     archive = tmp_path / "videos"
     archive.mkdir()
-    data = make_clip(width_px=3840, height_px=2160, frames=50, gop=25)
+    data = make_clip(width_px=3840, height_px=2160, frames=25, gop=25)
     for name in "abcd":
         (archive / f"{name}.mp4").write_bytes(data)
-    used: list[int] = []
+    used, spilled = [0], [""]
     notes: list[str] = []
     over = threading.Event()
 
     def watch() -> None:
         while not over.wait(0.3):
-            text = memory_summary(stats_only=True)
-            assert "Spilled" not in text, text
+            text = memory_summary(address, stats_only=True)
+            spilled.extend(re.findall("Spilled .*", text))
             used.append(int(re.findall(r"Plasma memory usage (\d+) MiB", text)[0]))
 
     def on_ray(spec: RunSpec, job: Job, note: Callable[[str], None]) -> Engine:
@@ -66,6 +68,7 @@ def test_a_slow_predictor_fills_no_object_store(ray_cluster: None, tmp_path: Pat
     finally:
         over.set()
         watcher.join()
-    assert result.summary["counts"]["frames"] == 200
+    assert result.summary["counts"]["frames"] == 100
+    assert spilled == [""], "nothing was ever spilled by this cluster"
     assert 30 < max(used) <= CAP_MIB, used
     assert any("a node holds at most 200.0 MiB" in line for line in notes), notes

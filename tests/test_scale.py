@@ -94,10 +94,10 @@ def test_a_finished_archive_is_known_by_a_list_per_thousand_tasks(
 def test_a_planned_clip_is_some_hundred_bytes_of_the_driver(tmp_path: Path) -> None:
     """A million of them are 1 GB at the most, beside what Ray and the libraries take."""
     kinds = (Clip, Piece, Task, WorkOrder)
-    arrow, objects = pa.total_allocated_bytes(), sum(isinstance(o, kinds) for o in live_objects())
+    arrow, objects = pa.total_allocated_bytes(), sum(type(o) in kinds for o in live_objects())
     survey = look(Made(VIDEOS), tmp_path / "t")
     batches = all_orders(survey)
-    assert sum(isinstance(o, kinds) for o in live_objects()) <= objects, "the log is columns"
+    assert sum(type(o) in kinds for o in live_objects()) <= objects, "the log is columns"
     planned = (pa.total_allocated_bytes() - arrow) / VIDEOS
     listed = sum(map(own_bytes, survey.listing.videos)) / VIDEOS
     assert 50 < planned < 300

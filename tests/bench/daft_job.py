@@ -1,8 +1,8 @@
 """The same work as Daft pipelines: python daft_job.py FOLDER FPS OUT (needs daft, av, pillow).
 
-Daft 0.7.26 stands still when `read_video_frames` is given three files on two cores (every thread of
-its native runner waits), and takes one file well. So each file is a pipeline of its own, and as many
-processes as there are cores take them in turn: the best that was found to end.
+Daft 0.7.26 stands still when `read_video_frames` is given three files on two cores (every thread
+of its native runner waits), and takes one file well. So each file is a pipeline of its own, and as
+many processes as there are cores take them in turn: the best that was found to end.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ def mean_colour(frames: daft.Series) -> list[np.ndarray]:
 
 def write_file(path: str, fps: str, out: str) -> None:
     """The table of one file."""
-    daft.set_runner_native()
     frames = daft.read_video_frames(
         path, image_height=224, image_width=224, sample_interval_seconds=1 / int(fps)
     )

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vidbatch.data import Pixels
+from vidbatch.data import Pixels, Singles
 
 SIZE = 224
 
@@ -97,8 +97,9 @@ RIVALS: dict[str, Rival] = {"torchcodec": torchcodec, "decord": decord, "OpenCV"
 def wrong_frames(pixels: Pixels, frames: list[int], truth: Pixels) -> int:
     """How many pictures look more like a neighbour (±3) of the frame asked for than like itself.
 
-    Resizing differs from library to library, and colours do: so a picture is told by what it is
-    nearest to, and one that stands still is never wrong.
+    Resizing and colours differ by a grey level or two from library to library: pictures are
+    compared by what they show, at one brightness and contrast (fades change these), and one that
+    stands still is never wrong.
 
     Args:
         truth: (all frames of the file, 224, 224, 3) as we scale them.
@@ -106,6 +107,11 @@ def wrong_frames(pixels: Pixels, frames: list[int], truth: Pixels) -> int:
     wrong = abs(len(frames) - len(pixels))
     for picture, n in zip(pixels, frames, strict=False):
         near = range(max(0, n - 3), min(len(truth), n + 4))
-        off = {m: float(np.abs(picture.astype(np.int16) - truth[m]).mean()) for m in near}
+        off = {m: float(np.abs(_level(picture) - _level(truth[m])).mean()) for m in near}
         wrong += off[n] > min(off.values()) + 0.05
     return wrong
+
+
+def _level(picture: Pixels) -> Singles:
+    grey: Singles = picture.mean(axis=2, dtype=np.float32)
+    return (grey - grey.mean()) * (50 / max(1.0, float(grey.std())))

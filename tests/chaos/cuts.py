@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from contextlib import ExitStack
@@ -64,6 +66,7 @@ class _Node:
 
     def __init__(self, i: int, home: str, env: dict[str, str]) -> None:
         self.plug, self._ip, self._home, self._env = f"v{i}", f"10.77.0.{11 + i}", home, env
+        self._starts = 0
         self.space = subprocess.Popen(["unshare", "-n", "sleep", "infinity"])
         time.sleep(0.3)  # it must have its own namespace before the cable is put into it
         _sh("ip", "link", "add", self.plug, "type", "veth", "peer", "name", "eth0",
@@ -78,11 +81,14 @@ class _Node:
         _sh("nsenter", "-t", str(self.space.pid), "-n", *command)
 
     def start(self) -> None:
-        """A raylet; one that was given up while it was cut off has ended itself."""
+        """A raylet in it. Names of sockets are given: two that start at once choose the same."""
+        self._starts += 1
+        name = f"{self._home}/{self.plug}-{self._starts}"
         self.raylet = subprocess.Popen(
             ["nsenter", "-t", str(self.space.pid), "-n", "ray", "start", "--block",
              f"--address={HEAD}:6379", f"--node-ip-address={self._ip}", f"--num-cpus={CPUS}",
-             f"--object-store-memory={200 * 2**20}"],
+             f"--object-store-memory={200 * 2**20}",
+             f"--plasma-store-socket-name={name}.store", f"--raylet-socket-name={name}.raylet"],
             env=self._env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
 
@@ -97,6 +103,26 @@ class _Node:
         for process in (self.raylet, self.space):
             process.kill()
             process.wait()
+
+
+def _await_head() -> None:
+    until = time.monotonic() + 120
+    while True:
+        try:
+            socket.create_connection((HEAD, 6379), timeout=1).close()
+            return
+        except OSError:
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.2)
+
+
+def _keep(nodes: list[_Node], over: threading.Event) -> None:
+    """Starts raylets again that have ended: one given up while it was cut off ends itself."""
+    while not over.wait(1.0):
+        for node in nodes:
+            if node.raylet.poll() is not None:
+                node.start()
 
 
 def _main(n: int, seed: float) -> Tally:
@@ -124,19 +150,21 @@ def _main(n: int, seed: float) -> Tally:
         )  # fmt: skip
         stack.callback(head.wait)
         stack.callback(head.kill)
-        time.sleep(5)
+        _await_head()
         nodes = []
         for i in range(NODES):
             nodes.append(_Node(i, home, env))
             stack.callback(nodes[-1].end)
+        over = threading.Event()
+        keeper = threading.Thread(target=_keep, args=(nodes, over))
+        keeper.start()
+        stack.callback(keeper.join)
+        stack.callback(over.set)
 
         def strike(driver: Driver) -> None:
             node, is_long = rng.choice(nodes), rng.random() < 0.5
             node.cut(LONG_S if is_long else BLINK_S)
             tally.faults["cut for 8 s" if is_long else "cut for 1 s"] += 1
-            for each in nodes:
-                if each.raylet.poll() is not None:
-                    each.start()
 
         def enough() -> bool:
             return tally.faults.total() >= n

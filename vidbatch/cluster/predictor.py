@@ -189,7 +189,7 @@ class Predictor:
                 text = " ".join(str(error).split())
                 self._error = ModelError(
                     f"models cannot be loaded on {self._device}: {type(error).__name__}: {text}; "
-                    "nothing can be predicted; `vidbatch try` runs a model alone",
+                    "nothing can be predicted; `vidbatch models bench` runs a model alone",
                     kind="model_load",
                 )
             if self._error is not None:

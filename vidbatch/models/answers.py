@@ -140,7 +140,7 @@ def check_predictions(spec: ModelSpec, answer: Predictions, n: int) -> None:
     def fail(what: str) -> ModelError:
         return ModelError(
             f"model {spec.name}: {what}; its rows of these frames are left out; "
-            "`vidbatch try` shows what it answers",
+            "`vidbatch models bench` runs it alone",
             kind="model_answer",
         )
 

@@ -122,7 +122,7 @@ class PlainAdapter:
         except Exception as error:
             raise ModelError(
                 f"model {self._spec.name}: load on {device} raised {type(error).__name__}: {error}"
-                "; it can answer no frame; `vidbatch try` runs it alone",
+                "; it can answer no frame; `vidbatch models bench` runs it alone",
                 kind="model_load",
             ) from error
 

@@ -153,12 +153,9 @@ def send(
     with _patience(timeout_s):
         if timeout_s is not None:  # a locked-in child may not even make the call
             sock.settimeout(timeout_s)
-        head = _PREFIX.pack(len(text), len(payload)) + text
-        sent = sock.sendmsg([head, payload])  # in one call: the other side wakes up once
-        if sent < len(head):
-            sock.sendall(head[sent:])
-        if sent < len(head) + len(payload):
-            sock.sendall(memoryview(payload)[max(0, sent - len(head)) :])
+        sock.sendall(_PREFIX.pack(len(text), len(payload)) + text)
+        if len(payload):
+            sock.sendall(payload)
 
 
 def receive(sock: socket.socket, timeout_s: float | None = None) -> tuple[bytes, bytes]:
