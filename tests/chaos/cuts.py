@@ -66,7 +66,6 @@ class _Node:
 
     def __init__(self, i: int, home: str, env: dict[str, str]) -> None:
         self.plug, self._ip, self._home, self._env = f"v{i}", f"10.77.0.{11 + i}", home, env
-        self._starts = 0
         self.space = subprocess.Popen(["unshare", "-n", "sleep", "infinity"])
         time.sleep(0.3)  # it must have its own namespace before the cable is put into it
         _sh("ip", "link", "add", self.plug, "type", "veth", "peer", "name", "eth0",
@@ -81,16 +80,20 @@ class _Node:
         _sh("nsenter", "-t", str(self.space.pid), "-n", *command)
 
     def start(self) -> None:
-        """A raylet in it. Names of sockets are given: two that start at once choose the same."""
-        self._starts += 1
-        name = f"{self._home}/{self.plug}-{self._starts}"
+        """A raylet in it; waits for its socket, as two that start at once choose the same name."""
+        sockets = Path(self._home) / "ray" / "session_latest" / "sockets"
+        before = set(sockets.glob("raylet*"))
         self.raylet = subprocess.Popen(
             ["nsenter", "-t", str(self.space.pid), "-n", "ray", "start", "--block",
              f"--address={HEAD}:6379", f"--node-ip-address={self._ip}", f"--num-cpus={CPUS}",
-             f"--object-store-memory={200 * 2**20}",
-             f"--plasma-store-socket-name={name}.store", f"--raylet-socket-name={name}.raylet"],
+             f"--object-store-memory={200 * 2**20}"],
             env=self._env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
+        until = time.monotonic() + 60
+        while self.raylet.poll() is None and time.monotonic() < until:
+            if set(sockets.glob("raylet*")) - before:
+                return
+            time.sleep(0.1)
 
     def cut(self, seconds: float) -> None:
         """Pulls the plug for so long."""
