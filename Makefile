@@ -41,7 +41,7 @@ bench: setup ## ratios side by side: decode floor, vidbatch, Ray Data (needs dec
 	$(PY) -m tests.bench.job $(BENCH_ARGS)
 
 bench-decode: setup ## what sampling costs as a share of a full decode; beside other decoders
-	$(PY) -m pip install --quiet decord==0.6.0
+	test -d build/bench-decode/rivals || $(PY) -m pip install --quiet --no-deps --target build/bench-decode/rivals torchcodec==0.13.0 decord==0.6.0
 	$(PY) -m tests.bench.decode $(BENCH_ARGS)
 
 bench-scale: setup ## a million clips through driver, plan log and ledger (needs 2 GB in /dev/shm)

@@ -18,6 +18,7 @@ import platform
 import signal
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from datetime import UTC, datetime
 from fractions import Fraction
 from pathlib import Path
@@ -27,7 +28,7 @@ import av
 import numpy as np
 
 from tests.bench.decode_files import bench_videos
-from tests.bench.decode_rivals import RIVALS, SIZE, prepare, wrong_frames
+from tests.bench.decode_rivals import RIVALS, SIZE, Rival, prepare, wrong_frames
 from vidbatch.archive import ArchiveRule, list_archive
 from vidbatch.data import (
     Clip,
@@ -67,6 +68,12 @@ def cpu_s(work: Callable[[], Any]) -> tuple[float, Any]:
     began = time.process_time()
     found = work()
     return time.process_time() - began, found
+
+
+def rival_s(work: Rival, path: Path, frames: list[int]) -> tuple[float, Pixels]:
+    """(CPU seconds, pictures) of another library, which has been loaded before."""
+    work(path, frames[:1])
+    return cpu_s(lambda: work(path, frames))
 
 
 def decode_fully(path: Path) -> int:
@@ -127,7 +134,8 @@ def bench_file(name: str, path: Path, rounds: int, rivals: bool) -> dict[str, An
         notes = {"vidbatch": f"fallback: {end.fallback}"} if end.fallback else {}
         for rival, work in RIVALS.items() if truth is not None else ():
             try:
-                took, pixels = cpu_s(lambda w=work, f=frames: w(path, f))
+                with ProcessPoolExecutor(1) as apart:  # a library that crashes ends alone
+                    took, pixels = apart.submit(rival_s, work, path, frames).result()
             except Exception as error:  # whatever a library cannot do is a line of the table
                 notes[rival] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
                 continue

@@ -216,6 +216,7 @@ def _drive(
     accidents: Accidents,
     read_timeout_s: float | None,
 ) -> None:
+    os.setsid()  # Ray ends the process group of a driver that has died
     with log.open("ab") as out:
         os.dup2(out.fileno(), 1)
         os.dup2(out.fileno(), 2)
