@@ -290,3 +290,11 @@ def test_another_process_joins_with_the_token_alone(
     assert "was not joined" in refused and "token" in refused and "\n" not in refused
     frames = sum(len(rows) for rows in expected["frames"].values())
     assert run(RAY_AUTH_TOKEN=pools._token) == str(frames)
+
+    engine = {"address": address, "device": "cuda", "predictors": 1, "wait_s": 3}
+    job = job_for(archive, tmp_path / "none", {}, **engine)
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(job.dump()))
+    assert "no predictor was up for 3 s" in run(RAY_AUTH_TOKEN=pools._token)
+    failures = read_tables(open_store(str(tmp_path / "none")))["failures"].values()
+    kinds = {kind for rows in failures for kind in rows["kind"].to_pylist()}
+    assert "predictor_lost" not in kinds, "only a file that cannot be read has an outcome"

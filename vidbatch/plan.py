@@ -35,6 +35,10 @@ TASKS_PER_DECODER = 8
 time of at most an eighth of it."""
 
 
+LAST_TASK_S = 2.0
+"""Planned cost to which the last tasks of a plan shrink, so that all decoders end together."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Piece:
     """A clip and what it is expected to cost."""
@@ -68,12 +72,15 @@ def pack(
     sampling: str,
     task_s: float,
     num_first: int = 0,
+    share: int = 0,
     order: str = "newest",
 ) -> list[Task]:
     """Packs clips into tasks of at most `task_s` planned seconds; a task never mixes days.
 
-    The first `num_first` tasks hold at most FIRST_TASK_S. Clips of one video stay in order and
-    next to each other. `order`: newest or oldest day first, or the dearest videos of a day first.
+    The first `num_first` tasks hold at most FIRST_TASK_S; with a `share`, none holds more than a
+    `share`-th of what is left (guided self-scheduling), down to LAST_TASK_S. Clips of one video
+    stay in order and next to each other. `order`: newest or oldest day first, or the dearest videos
+    of a day first.
     The result depends only on the pieces and the arguments, not on their order of arrival.
     """
     newest = order != "oldest"
@@ -92,16 +99,20 @@ def pack(
     groups.sort(key=lambda g: (rank(g), g[0].clip.video.version))
     groups.sort(key=day, reverse=newest)
     tasks: list[Task] = []
+    left_s = sum(p.cost_s for group in groups for p in group)
     for _, of_day in groupby(groups, key=day):
         held: list[Piece] = []
         cost = 0.0
         for piece in (p for group in of_day for p in group):
-            room = FIRST_TASK_S if len(tasks) < num_first else task_s
-            if held and (cost + piece.cost_s > min(room, task_s) or len(held) >= MAX_CLIPS):
+            room = min(FIRST_TASK_S, task_s) if len(tasks) < num_first else task_s
+            if share:
+                room = min(room, max(LAST_TASK_S, (left_s + cost) / share))
+            if held and (cost + piece.cost_s > room or len(held) >= MAX_CLIPS):
                 tasks.append(_task(held, sampling))
                 held, cost = [], 0.0
             held.append(piece)
             cost += piece.cost_s
+            left_s -= piece.cost_s
         tasks.append(_task(held, sampling))
     return tasks
 

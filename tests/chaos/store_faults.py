@@ -202,7 +202,7 @@ def credentials(stage: Stage, n: int, tally: Tally) -> None:
                 while driver.alive and tally.faults["key expired"] < n:
                     refused = proxy.happened["expired"]
                     renew()
-                    time.sleep(rng.uniform(0.2, 1.0))
+                    time.sleep(rng.uniform(1.0, 2.0))  # a key serves some requests before it goes
                     tally.faults["key expired"] += proxy.happened["expired"] > refused
                 tally.runs += 1
                 if code := driver.end():

@@ -115,11 +115,9 @@ class PredictorPool:
         ticket = Ticket(chunk=ray.put(chunk), nbytes=n, models=models)
         self._out.append(ticket)
         self._out_bytes += n
-        self._waiting(True)
-        try:
-            self._send(ticket)
-        finally:
-            self._waiting(False)
+        if self._choose(0.0) >= 0:  # before the first is up, decoding goes on within the credit
+            for unsent in [t for t in self._out if not t.sends]:
+                self._send(unsent)
         return ticket
 
     def result(self, ticket: Any) -> Mapping[str, Predictions | ModelError]:
@@ -144,6 +142,8 @@ class PredictorPool:
             return
         self._waiting(True)
         try:
+            if not ticket.sends:
+                self._send(ticket)
             while ticket.answers is None:
                 self._receive(ticket)
         finally:
@@ -170,7 +170,7 @@ class PredictorPool:
             self._give_up(ticket, one_line(error), kind="predictor_raised")
 
     def _send(self, ticket: Ticket) -> None:
-        ticket.predictor = self._choose()
+        ticket.predictor = self._choose(self._wait_s)
         if ticket.predictor < 0:
             return
         ticket.sends += 1
@@ -180,7 +180,7 @@ class PredictorPool:
 
     def _send_alone(self, ticket: Ticket) -> None:
         """Sends a suspect and waits for its answers, or for a death that is its own."""
-        ticket.predictor = self._choose()
+        ticket.predictor = self._choose(self._wait_s)
         if ticket.predictor < 0:
             self._give_up(ticket, f"no predictor was up for {self._wait_s:.0f} s")
             return
@@ -250,11 +250,11 @@ class PredictorPool:
                 time.sleep(min(timeout_s, ASK_AGAIN_S))
                 self._ask(i)
 
-    def _choose(self) -> int:
+    def _choose(self, wait_s: float) -> int:
         """A predictor that is up: on this node if there is one, else the freer of two; -1: none."""
         if self._asked:
             self._hear(0.0)
-        deadline = time.monotonic() + self._wait_s
+        deadline = time.monotonic() + wait_s
         while not self._nodes and (left := deadline - time.monotonic()) > 0:
             self._hear(min(left, ASK_AGAIN_S))
         near = [i for i, node in self._nodes.items() if node == self._here]

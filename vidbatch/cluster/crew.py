@@ -44,10 +44,11 @@ class Crew:
         self.restarts = 0
         self._past: list[Mapping[str, Any]] = []
         self._stats: dict[int, Mapping[str, Any]] = {}
-        self._seen_up = False
+        self.seen_up = False
+        """Whether any has ever been."""
         self._silent: set[int] = set()
         """Those that are to be asked whether they are up."""
-        self._asked_at = self._none_since = 0.0
+        self._asked_at, self._none_since = 0.0, time.monotonic()
         self._packed: Any = None
 
     @property
@@ -69,7 +70,7 @@ class Crew:
             self._silent.remove(i)
             self._ask(i, "ready", self._ready, self._packed)
         now = time.monotonic()
-        if self.up or not self._seen_up:
+        if self.up or not self.handles:
             self._none_since = now
         elif now - self._none_since >= NONE_LINE_S:
             self._none_since = now
@@ -107,9 +108,9 @@ class Crew:
             facts = answer.result()
             if facts["error"] is None:
                 self.up += 1
-                self._seen_up = True
+                self.seen_up = True
                 self._ask(i, "stay", self._gone)
-            elif self._seen_up:  # it tries again by itself
+            elif self.seen_up:  # it tries again by itself
                 self._note(f"a predictor does not come back: {facts['error']}")
                 self._silent.add(i)
             else:

@@ -78,7 +78,7 @@ class RayEngine:
         """Decoders lost: all, and since the last sign that anything gets done."""
         self._owns_ray = self._halted = self._dropping = False
         self._halt_by = float("inf")
-        self._ticked = self._some_up_at = time.monotonic()
+        self._ticked = self._some_up_at = self._hired_at = time.monotonic()
 
     @property
     def width(self) -> int:
@@ -88,14 +88,14 @@ class RayEngine:
     # start ------------------------------------------------------------------------------------
 
     def start(self) -> str:
-        """Brings up Ray, the predictors (their models loaded) and the decoders.
+        """Brings up Ray, the predictors and the decoders.
 
-        Returns once one of each is up; the others join when they come.
+        Returns once a decoder is up; the others join when they come. Models are loaded while the
+        first frames are decoded: one that cannot be ends `run`.
 
         Raises:
-            ClusterError: Ray, a GPU, or any actor cannot be had within `engine.wait_s`.
+            ClusterError: Ray, a GPU, or any decoder cannot be had within `engine.wait_s`.
             UsageError: the job file asks for what this kind of cluster cannot give.
-            ModelError: a model cannot be loaded.
         """
         try:
             return self._start()
@@ -109,6 +109,7 @@ class RayEngine:
         local = engine.address == "local"
         pools = plan_pools(engine, local=local, models=bool(self._spec.models))
         self._pools = pools
+        self._some_up_at = self._hired_at = time.monotonic()
         self._crew.hire(self._spec, pools)
         pool = {"device": pools.device, "credit": pools.credit_bytes, "wait_s": engine.wait_s}
         spec = replace(self._spec, models=())  # without the models' files
@@ -118,30 +119,17 @@ class RayEngine:
             self._hire(slot)
         if pools.predictors:
             self._note(pools.object_store)
-        self._await_first(pools, engine.wait_s)
+        self._await_first(pools)
         where = "this machine" if local else f"the cluster at {engine.address}"
         return f"Ray {ray.__version__} on {where}, {pools.line}"
 
-    def _await_first(self, pools: Pools, wait_s: float) -> None:
-        started = said = time.monotonic()
-        while not self._halted:
-            up = sum(s.ready for s in self._slots)
-            if up and (self._crew.up or not pools.predictors):
-                return
-            state = (
-                f"{up} of {pools.decoders} decoders and {self._crew.up} of {pools.predictors} "
-                "predictors are up"
-            )
-            if (now := time.monotonic()) - started > wait_s:
-                raise ClusterError(
-                    f"{state} after {human_s(wait_s)} (engine.wait_s); nothing was begun; "
-                    "`ray status` says what nodes there are and what was asked for",
-                    kind="no_actors",
-                )
-            if now - said > WAITING_LINE_S:
-                said = now
-                self._note(f"waiting for the cluster: {state}")
+    def _await_first(self, pools: Pools) -> None:
+        said = time.monotonic()
+        while not self._halted and not any(s.ready for s in self._slots):
             deque(self._step(TICK_S), maxlen=0)  # no reports yet
+            if (now := time.monotonic()) - said > WAITING_LINE_S:
+                said = now
+                self._note(f"waiting for the cluster: 0 of {pools.decoders} decoders are up")
 
     def _hire(self, slot: Slot) -> None:
         """A new actor for a slot, perhaps pending."""
@@ -203,6 +191,7 @@ class RayEngine:
 
         Raises:
             InfraError: the output's store or the cluster failed for good.
+            ModelError: a model cannot be loaded.
         """
         while True:
             if not self._halted:
@@ -344,14 +333,24 @@ class RayEngine:
                 )
                 slot.moved_at = now
                 ray.kill(slot.handle)
-        if now - self._some_up_at > self._job.engine.wait_s and not self._halted:
-            raise ClusterError(
-                f"no decoder was up for {human_s(now - self._some_up_at)}; what is committed "
-                "stands; the same command goes on from there",
-                kind="no_actors",
-            )
+        if not self._halted:
+            self._check_up(now)
         self._crew.tick()
         self._telling.tick(self._deaths, self.progress)
+
+    def _check_up(self, now: float) -> None:
+        """Whether decoders, and at first a predictor, have been waited for long enough."""
+        wait_s, crew = self._job.engine.wait_s, self._crew
+        lacks = "decoder" if now - self._some_up_at > wait_s else ""
+        if crew.handles and not crew.seen_up and now - self._hired_at > wait_s:
+            lacks = lacks or "predictor"
+        if lacks:
+            raise ClusterError(
+                f"no {lacks} was up for {human_s(wait_s)} (engine.wait_s); what is committed "
+                "stands; the same command goes on from there; `ray status` says what nodes there "
+                "are and what was asked for",
+                kind="no_actors",
+            )
 
     def _step(self, timeout_s: float) -> Iterator[TaskReport]:
         """Waits for an answer and takes in all there are; yields the reports among them."""

@@ -154,7 +154,7 @@ class Survey:
         small = self._in_order(v for v in self.new if v.size_bytes <= limit)
         task_s = self._task_s(map(estimate_cost_s, (v.size_bytes for v in small)), width)
         for chunk in _growing(small, FIRST_CHUNK_VIDEOS):
-            yield self._plan([whole(Clip(video=v)) for v in chunk], task_s, first=2 * width)
+            yield self._plan([whole(Clip(video=v)) for v in chunk], task_s, width=width)
         large = self._in_order(v for v in self.new if v.size_bytes > limit)
         for chunk in _growing(large, 4 * width, most=MAX_PROBED):
             yield self.plan_probed(probe(chunk), width=width)
@@ -211,13 +211,13 @@ class Survey:
                     for r in found.ranges
                 ]
         task_s = self._task_s((p.cost_s for p in pieces), width)
-        return self._plan(pieces, task_s, first=2 * width)
+        return self._plan(pieces, task_s, width=width)
 
-    def _plan(self, pieces: list[Piece], task_s: float, *, first: int) -> Orders:
-        """Appends the tasks of some videos to the log; of the first chunk, `first` are short."""
+    def _plan(self, pieces: list[Piece], task_s: float, *, width: int) -> Orders:
+        """Appends the tasks of some videos to the log; the first of all are short."""
         before, mine = len(self.log), 0
         wanted = sorted({p.clip.video.video_id for p in pieces})
-        num_first = 0 if self._begun else first
+        num_first = 0 if self._begun else 2 * width
 
         def plan_new(log: PlanLog) -> list[Task]:
             nonlocal mine
@@ -227,6 +227,7 @@ class Survey:
                 sampling=self.spec.sampling,
                 task_s=task_s,
                 num_first=num_first,
+                share=2 * width if width > 1 else 0,
                 order=self.job.engine.order,
             )
             mine = len(tasks)

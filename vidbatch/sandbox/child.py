@@ -19,6 +19,7 @@ import signal
 import socket
 import sys
 import traceback
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
@@ -31,6 +32,9 @@ from vidbatch.data import Audio, Frames, Pixels
 from vidbatch.errors import MediaError
 from vidbatch.sandbox import confine, wire
 
+BLOCK_BYTES = 256 * 1024
+"""Asked for at once, within what is wanted: one question costs as much CPU as 100 KB of answer."""
+
 
 class ParentSource:
     """The ByteSource of a job: whatever it gives, the parent has read."""
@@ -38,16 +42,27 @@ class ParentSource:
     def __init__(self, sock: socket.socket, size_bytes: int) -> None:
         self.size_bytes = size_bytes
         self._sock = sock
+        self._wanted: Sequence[tuple[int, int]] = ()
+        self._at, self._block = 0, b""
+        """The last bytes asked for, and where they begin."""
 
     def read_at(self, offset: int, length: int) -> bytes:
         """Exactly the bytes [offset, min(offset+length, size))."""
         end = min(offset + length, self.size_bytes)
+        if not self._at <= offset <= end <= self._at + len(self._block):
+            i = bisect_right(self._wanted, (offset, self.size_bytes)) - 1
+            least = min(offset + BLOCK_BYTES, self._wanted[i][1]) if i >= 0 else 0
+            self._at, self._block = offset, self._fetch(offset, max(end, least))
+        return self._block[offset - self._at : end - self._at]
+
+    def _fetch(self, offset: int, end: int) -> bytes:
         steps = range(offset, end, wire.MAX_PAYLOAD_BYTES)
         parts = [self._ask(at, min(end - at, wire.MAX_PAYLOAD_BYTES)) for at in steps]
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def want(self, extents: Sequence[tuple[int, int]]) -> None:
         """Tells the parent."""
+        self._wanted = extents
         wire.send(self._sock, wire.pack_extents(extents), wire.dump(wire.Want()))
 
     def _ask(self, offset: int, length: int) -> bytes:

@@ -39,6 +39,7 @@ HELD_BYTES = 64 * 2**20
 AHEAD_BYTES = HELD_BYTES // 2
 """Most bytes fetched and not yet read."""
 IN_FLIGHT = 8
+"""GETs ahead; a reader does not wait in their queue, but fetches what it needs next itself."""
 GAP_BYTES = 2**20
 """Wanted extents that lie nearer together become one."""
 
