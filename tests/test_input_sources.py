@@ -104,7 +104,7 @@ def test_what_stores_do_is_told_apart(
 ) -> None:
     monkeypatch.setattr("vidbatch.storage.base.BACKOFF_S", 0.001)
     monkeypatch.setattr("vidbatch.storage.base.ATTEMPTS", 4)
-    monkeypatch.setattr("vidbatch.storage.s3.READ_TIMEOUT_S", 0.5)
+    monkeypatch.setattr("vidbatch.storage.s3_connection.READ_TIMEOUT_S", 0.5)
     server = s3_proxy.server
     client = boto_client(server.endpoint_url, server.access_key, server.secret_key)
     for name, case in CASES.items():

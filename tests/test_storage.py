@@ -22,7 +22,7 @@ from vidbatch.errors import (
     UsageError,
     VidbatchError,
 )
-from vidbatch.storage import Store, StoreSettings, open_store, probe_create_only
+from vidbatch.storage import Store, StoreSettings, open_store, probe_create_only, s3_connection
 from vidbatch.storage import base as storage_base
 from vidbatch.storage import s3 as storage_s3
 
@@ -77,7 +77,7 @@ def test_a_store_whose_driver_is_missing_names_it() -> None:
 
 
 def _impatient(monkeypatch: pytest.MonkeyPatch, timeout_s: float) -> None:
-    monkeypatch.setattr(storage_s3, "READ_TIMEOUT_S", timeout_s)
+    monkeypatch.setattr(s3_connection, "READ_TIMEOUT_S", timeout_s)
     monkeypatch.setenv("AWS_SDK_UA_APP_ID", "impatient")  # so that the connection is a new one
 
 

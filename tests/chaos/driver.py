@@ -26,7 +26,7 @@ from vidbatch.errors import VidbatchError
 from vidbatch.ledger import COMMITS, Ledger
 from vidbatch.pipeline.engine import Engine, LocalEngine
 from vidbatch.pipeline.run import run_job
-from vidbatch.storage import s3
+from vidbatch.storage import s3_connection
 
 END_S = 900.0
 """For one run, on a machine that does much else."""
@@ -223,7 +223,8 @@ def _drive(
     for name in [n for n in os.environ if n.startswith(("AWS_", "RAY_"))]:
         del os.environ[name]
     os.environ.update(env)
-    s3.READ_TIMEOUT_S = read_timeout_s or s3.READ_TIMEOUT_S  # type: ignore[assignment]
+    if read_timeout_s:
+        s3_connection.READ_TIMEOUT_S = read_timeout_s  # type: ignore[assignment]
 
     def note(line: str) -> None:
         print(line, file=sys.stderr, flush=True)

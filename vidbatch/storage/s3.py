@@ -8,11 +8,8 @@ in the message of a 412.
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import hashlib
-import os
-import threading
 from collections.abc import Iterator, Mapping
 from datetime import datetime
 from functools import partial
@@ -37,12 +34,8 @@ from vidbatch.storage.base import (
     utc,
 )
 from vidbatch.storage.checksum import is_damaged
+from vidbatch.storage.s3_connection import connect, forget
 
-CONNECT_TIMEOUT_S = 10
-READ_TIMEOUT_S = 60
-"""Without an answer or a further byte for so long the request is sent again."""
-CONNECTIONS = 64
-"""Of one process to one store; several decoders' read-ahead share them."""
 PAGE_KEYS = 1000
 
 _RIGHTS = "check the credentials in the environment and the rights of their user"
@@ -193,12 +186,12 @@ class S3Store(Store):
 
     def _once(self, operation: str, key: str, **parameters: Any) -> dict[str, Any]:
         try:
-            fs = _connect(self.settings)
+            fs = connect(self.settings)
             answer: dict[str, Any] = fs.call_s3(operation, Bucket=self.bucket, **parameters)
         except _failures() as error:
             failure = _translate(error, self.uri_of(key))
             if failure.kind == "expired":
-                _forget(fs)
+                forget(fs)
             raise failure from error
         return answer
 
@@ -219,7 +212,7 @@ class S3Store(Store):
             self._drop(answer)
             raise self._short(key, declared, most)
         try:
-            data: bytes = sync(_connect(self.settings).loop, answer["Body"].read)
+            data: bytes = sync(connect(self.settings).loop, answer["Body"].read)
         except _failures() as error:
             raise _translate(error, self.uri_of(key)) from error
         finally:
@@ -237,7 +230,7 @@ class S3Store(Store):
     def _drop(self, answer: dict[str, Any]) -> None:
         from fsspec.asyn import sync
 
-        sync(_connect(self.settings).loop, answer["Body"].aclose)
+        sync(connect(self.settings).loop, answer["Body"].aclose)
 
     def _short(self, key: str, got: int, expected: int) -> StoreError:
         return StoreError(
@@ -247,62 +240,6 @@ class S3Store(Store):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return S3Store, (self.bucket, self._root.rstrip("/"), self.settings)
-
-
-_connections: dict[Any, Any] = {}
-_connecting = threading.Lock()
-
-
-def _forget(fs: Any) -> None:
-    """The next request connects anew, with what the chain of credentials gives by then."""
-    with _connecting:
-        for key in [k for k, known in _connections.items() if known is fs]:
-            del _connections[key]
-
-
-def _connect(settings: StoreSettings) -> Any:
-    """The S3FileSystem of these settings and of the environment's credentials, made once."""
-    chain = tuple(sorted(i for i in os.environ.items() if i[0].startswith("AWS_")))
-    with _connecting:
-        key = (os.getpid(), settings, chain)
-        if key not in _connections:
-            _connections[key] = _new_connection(settings)
-        return _connections[key]
-
-
-def _new_connection(settings: StoreSettings) -> Any:
-    import s3fs
-
-    fs = s3fs.S3FileSystem(
-        endpoint_url=settings.endpoint_url,
-        requester_pays=settings.requester_pays,
-        client_kwargs={"region_name": settings.region} if settings.region else {},
-        config_kwargs={
-            "connect_timeout": CONNECT_TIMEOUT_S,
-            "read_timeout": READ_TIMEOUT_S,
-            "max_pool_connections": CONNECTIONS,
-            "retries": {"mode": "standard", "total_max_attempts": 1},
-            # Content-MD5 guards what we put; older servers answer 411 to trailing checksums
-            "request_checksum_calculation": "when_required",
-            "response_checksum_validation": "when_required",
-        },
-        use_listings_cache=False,
-        skip_instance_cache=True,
-        **({"profile": settings.profile} if settings.profile else {}),
-    )
-    fs.retries = 1
-    fs.loop.set_exception_handler(_on_stray_error)
-    return fs
-
-
-def _on_stray_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """For what no request waits for any more.
-
-    When a server dies, aiohttp forgets the task that was sending the body; the request itself has
-    failed and is sent again, so the task's own error is no news.
-    """
-    if not isinstance(context.get("exception"), ConnectionResetError):
-        loop.default_exception_handler(context)
 
 
 def _failures() -> tuple[type[Exception], ...]:
