@@ -298,7 +298,7 @@ def _write_runs(ledger: Ledger, outputs: Mapping[str, Sequence[str]]) -> None:
         failed = [["s3://archive/x.mp4", "frames", "busy", "the store answered 503"]]
         task: dict[str, Any] = {
             "event": "task", "task": "t", "committed": committed, "failures": failed,
-            "counts": COUNTS.as_dict(),
+            "kinds": {"busy": 1}, "counts": COUNTS.as_dict(),
         }  # fmt: skip
         begun: dict[str, Any] = {"event": "started", "engine": "local"}
         for n, events in enumerate(([begun, task], [task])):
@@ -313,7 +313,12 @@ def _write_runs(ledger: Ledger, outputs: Mapping[str, Sequence[str]]) -> None:
                 "exit_code": code, "stopped": stopped, "counts": counts.as_dict(),
                 "frames_per_s": 5.0, "outputs": {p: {"new": 2} for p in partitions},
                 "failures_by_kind": {"busy": 2}, "not_planned": {},
-                "engine": {"gpu": "starved 61 %"},
+                "engine": {
+                    "sentence": "GPUs starved 61 %", "decoder_deaths": 2,
+                    "decoder_seconds": {"decode": 99.0, "idle": 1.0},
+                    "predictor_seconds": {"compute": 39.0, "starved": 61.0}, "frames": 640,
+                    "batches": 10,
+                },
             }  # fmt: skip
             row = {"started_at": started, "ended_at": started + timedelta(seconds=24),
                    "exit_code": code, "frames": counts.frames}  # fmt: skip

@@ -76,7 +76,7 @@ def test_a_report_is_counted_once() -> None:
     counts = Counts(tasks=1, ok=5, partial=1, failed=3, failed_outside=2, frames=7, gets=4)
     report = TaskReport(
         task_id="t", counts=counts, committed={"frames": "new", "quality-v1": "adopted"},
-        failures=(("a", "frames", "no_video", ""), ("b", "frames", "no_video", "")), device="cpu",
+        failures=(("a", "frames", "no_video", ""),), kinds={"no_video": 2}, device="cpu",
     )  # fmt: skip
     meters.count(report)
     assert seen["vidbatch_clips_total"] == {

@@ -74,6 +74,7 @@ def nothing_done(order: WorkOrder, spec: RunSpec) -> TaskReport:
         counts=Counts(tasks=1, clips=n, videos=n, ok=n * len(order.outputs)),
         committed={spec.output(f).partition: "new" for f in order.outputs},
         failures=(),
+        kinds={},
         device="cpu",
     )
 

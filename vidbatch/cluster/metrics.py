@@ -82,7 +82,7 @@ class DriverMeters(Meters):
             self.add("vidbatch_clips_total", n, outcome=outcome)
         for state, n in Tally(report.committed.values()).items():
             self.add("vidbatch_outputs_total", n, state=state)
-        for kind, n in Tally(failure[2] for failure in report.failures).items():
+        for kind, n in report.kinds.items():
             self.add("vidbatch_failures_total", n, kind=kind)
         for name, value in {
             "frames_decoded": c.frames_decoded, "frames_written": c.frames,

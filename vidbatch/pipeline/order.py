@@ -116,6 +116,8 @@ class TaskReport:
     """Output partition → new, adopted or exists."""
     failures: tuple[tuple[str, str, str, str], ...]
     """Up to 20 of (uri, output name, kind, message)."""
+    kinds: Mapping[str, int]
+    """Kind → clips × outputs that failed or are partial."""
     device: str
     slowest: tuple[SlowClip, ...] = ()
     """Up to 3 clips, the slowest first."""

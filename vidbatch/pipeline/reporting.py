@@ -14,6 +14,12 @@ from vidbatch.progress import Counts
 MAX_SLOWEST = 3
 """Clips of a task that its report names."""
 
+NUMBER = re.compile(r"(?<![\w:.])\d+(?![\w:]|\.\d)")
+"""None that is part of a name: H.264, 4:4:4."""
+
+MAX_FAILURES = 20
+"""Of a task, told one by one; the table `failures` holds all."""
+
 
 def task_report(
     task_id: str,
@@ -32,16 +38,18 @@ def task_report(
         outcomes_of: name of each output → how the clips ended in it.
         committed: partition of each output → new, adopted or exists.
     """
+    bad = [
+        (o.clip.video.uri, name, o.kind or "", o.reason or "")
+        for name, outcomes in outcomes_of.items()
+        for o in outcomes
+        if o.status != "ok"
+    ]
     return TaskReport(
         task_id=task_id,
         counts=_counts(states, outcomes_of, bytes_written, puts, stage_s),
         committed=committed,
-        failures=tuple(
-            (o.clip.video.uri, name, o.kind or "", o.reason or "")
-            for name, outcomes in outcomes_of.items()
-            for o in outcomes
-            if o.status != "ok"
-        )[:20],
+        failures=tuple(bad[:MAX_FAILURES]),
+        kinds=Counter(kind for _, _, kind, _ in bad),
         device=device,
         silent={
             name: next(o.reason or "" for o in reversed(outcomes) if o.stage == "predict")
@@ -54,7 +62,7 @@ def task_report(
             for s in sorted(states, key=lambda s: -s.seconds)[:MAX_SLOWEST]
         ),
         fallbacks=Counter(
-            re.sub(r"\b\d+\b", "N", s.end.fallback)  # one reason, whatever its numbers
+            NUMBER.sub("N", s.end.fallback)  # one reason, whatever its numbers
             for s in states
             if s.end is not None and s.end.fallback is not None
         ),

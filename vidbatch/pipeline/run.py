@@ -164,10 +164,10 @@ class _Conductor:
         self.on_gpu = self.on_gpu or report.device == "cuda"
         self.progress.add(report.counts, supply.cost_of(report.task_id))
         for uri, name, kind, message in report.failures:
-            self.kinds[kind] += 1
             self.progress.event(
                 "failure", task=report.task_id, video=uri, output=name, kind=kind, message=message
             )
+        self.kinds.update(report.kinds)
         self.fallbacks.update(report.fallbacks)
         slowest = sorted([*self.slowest, *report.slowest], key=lambda c: -c.seconds)
         self.slowest = slowest[:MAX_SLOWEST]
@@ -180,6 +180,7 @@ class _Conductor:
             committed=dict(report.committed),
             counts=report.counts.as_dict(),
             failures=[list(f) for f in report.failures],
+            kinds=dict(report.kinds),
         )
         self._check_limits()
 

@@ -121,7 +121,7 @@ def _from_events(ledger: Ledger, run: str, keys: Sequence[str], now: datetime) -
             times.append(datetime.fromisoformat(event["t"]))
             if event["event"] == "task":
                 counts += counts_of(event["counts"])
-                kinds.update(kind for _, _, kind, _ in event["failures"])
+                kinds.update(event.get("kinds", {}))
                 for name, how in event["committed"].items():
                     committed.setdefault(name, Counter())[how] += 1
     started, seen = (min(times), max(times)) if times else (_started(run), _started(run))

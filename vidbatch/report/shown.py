@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -55,36 +54,61 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
     _add_counts(table, counts, summary["failures_by_kind"])
     for model, how in summary["outputs"].items():
         _add(table, model, ", ".join(f"{n} tasks {what}" for what, n in how.items()))
-    for uri, why in summary.get("not_planned", {}).items():
-        _add(table, "not planned", f"{uri}: {why}")
-    for clip in summary.get("slowest", ())[:MAX_SLOWEST]:
-        read = f"{human_bytes(clip['bytes_read'])} in {clip['gets']} GETs"
-        text = f"{clip['uri']} from {clip['start_s']:.0f} s: {human_s(clip['seconds'])}, {read}"
-        _add(table, "slow", text)
-    for why, n in summary.get("fallbacks", {}).items():
-        _add(table, "decoded in order", f"{n} clips: {why}")
-    for key, value in summary.get("engine", {}).items():
-        if isinstance(value, list):  # one entry per actor: for machines
-            continue
-        text = value if isinstance(value, str) else json.dumps(value, default=str)
-        _add(table, str(key), text)
+    left = summary.get("not_planned", {}).items()
+    _add_lines(table, "not planned", (f"{uri}: {why}" for uri, why in left))
+    _add_lines(table, "slowest", map(_slow_line, summary.get("slowest", ())[:MAX_SLOWEST]))
+    reasons = summary.get("fallbacks", {}).items()
+    _add_lines(table, "decoded in order", (f"{n} × {why}" for why, n in reasons))
+    _add_engine(table, summary.get("engine", {}))
     return table
+
+
+def _slow_line(clip: Mapping[str, Any]) -> str:
+    read = f"{human_bytes(clip['bytes_read'])} in {clip['gets']} GETs"
+    return f"{human_s(clip['seconds'])}: {clip['uri']} from {clip['start_s']:.0f} s, {read}"
+
+
+def _add_engine(table: Table, facts: Mapping[str, Any]) -> None:
+    """Where the seconds of the actors went, what died, and what to change; nothing of no news."""
+    for who in ("decoder", "predictor"):
+        if spent := _spent(facts.get(f"{who}_seconds", {})):
+            batches = f"; {facts['frames']} frames in {facts['batches']} batches"
+            _add(table, f"{who}s", spent + batches * (who == "predictor"))
+    died = {
+        "decoders died": facts.get("decoder_deaths", 0),
+        "predictors died": facts.get("predictor_restarts", 0),
+        "decoding processes ended": facts.get("child_restarts", facts.get("decoder_restarts", 0)),
+        "batches halved for want of memory": facts.get("batches_halved", 0),
+    }
+    if any(died.values()):
+        _add(table, "lost and replaced", ", ".join(f"{n} {what}" for what, n in died.items() if n))
+    if "sentence" in facts:
+        _add(table, "what limits it", facts["sentence"])
+
+
+def _spent(seconds: Mapping[str, float]) -> str:
+    """Seconds by state with their shares, the most first; what is under 1 % is left out."""
+    total_s = sum(seconds.values())
+    shares = {state: value / total_s for state, value in seconds.items() if total_s}
+    said = (f"{k} {human_s(seconds[k])} ({v:.0%})" for k, v in _falling(shares) if v >= 0.01)
+    return ", ".join(said)
 
 
 def _add_counts(table: Table, counts: Mapping[str, Any], kinds: Mapping[str, int]) -> None:
     c = counts_of(counts)
     _add(table, "work", f"{c.tasks} tasks, {c.clips} clips, {c.videos} videos, {c.frames} frames")
     outcomes = f"{c.ok} ok, {c.partial} partial, {c.failed} failed (clips × outputs)"
-    _add(table, "outcomes", outcomes + (f", {c.fallbacks} fallbacks" if c.fallbacks else ""))
+    _add(
+        table,
+        "outcomes",
+        outcomes + (f"; {c.fallbacks} clips decoded in order" if c.fallbacks else ""),
+    )
     if kinds:
         _add(table, "failures", ", ".join(f"{n} {kind}" for kind, n in _falling(kinds)))
     _add(table, "read", f"{human_bytes(c.bytes_read)} in {c.gets} GETs")
     _add(table, "written", f"{human_bytes(c.bytes_written)} in {c.puts} PUTs")
-    stages = {k: v for k, v in c.stage_s.items() if k != "task"}
-    total_s = sum(stages.values())
-    if total_s:
-        shares = (f"{k} {human_s(v)} ({v / total_s:.0%})" for k, v in _falling(stages))
-        _add(table, "stages", ", ".join(shares))
+    if spent := _spent({k: v for k, v in c.stage_s.items() if k != "task"}):
+        _add(table, "stages", spent)
 
 
 def _falling(values: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
@@ -187,6 +211,11 @@ def sweep_table(found: Mapping[str, Any]) -> Table:
         _add(table, "not committed yet", name)
     table.caption = f"{len(found['removed'])} temporary files removed"
     return table
+
+
+def _add_lines(table: Table, what: str, lines: Iterable[str]) -> None:
+    if text := "\n".join(lines):
+        _add(table, what, text)
 
 
 def _add(table: Table, *cells: str) -> None:
