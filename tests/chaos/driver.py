@@ -21,7 +21,7 @@ import torch  # noqa: F401  imported once, before any driver is forked
 
 from tests.ray_faults import marked
 from vidbatch.config import parse_job
-from vidbatch.data import ByteSource, Chunk, Clip, DecodeEvent
+from vidbatch.data import ByteSource, Clip, DecodeEvent
 from vidbatch.errors import VidbatchError
 from vidbatch.ledger import COMMITS, Ledger
 from vidbatch.pipeline.engine import Engine, LocalEngine
@@ -154,11 +154,12 @@ def _ray_engine(spec: Any, job: Any, note: Callable[[str], None], accidents: Acc
             return Unlucky(decoder, accidents)
 
     class UnluckyPredictor(Predictor):
-        async def predict(self, chunk: Chunk, models: tuple[str, ...]) -> bytes:
-            pixels = next(iter(chunk.pixels.values()))  # type: ignore[union-attr]
-            if accidents.befalls("predictor", hashlib.md5(pixels.tobytes()).hexdigest()):
-                os.kill(os.getpid(), signal.SIGKILL)
-            return await super().predict(chunk, models)
+        def _run_staged(self, staged: Any) -> Any:
+            for piece in staged.pieces:
+                pixels = next(iter(piece.chunk.pixels.values()))
+                if accidents.befalls("predictor", hashlib.md5(pixels.tobytes()).hexdigest()):
+                    os.kill(os.getpid(), signal.SIGKILL)
+            return super()._run_staged(staged)
 
     class UnluckyRay(RayEngine):
         decoder_class, predictor_class = UnluckyDecoder, UnluckyPredictor

@@ -236,6 +236,8 @@ def count_rows(whole: Tables, got: Tables, want: Tables, tally: Tally) -> None:
             tally.lost += len(there - here)
             if here - there:
                 tally.wrong.append(f"{table} {partition}: {len(here - there)} rows too many")
+                if table == "failures":
+                    tally.wrong += map(str, mine[partition].to_pylist()[:2])
 
 
 def _keys(table: str, rows: Any) -> list[tuple[Any, ...]]:
