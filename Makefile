@@ -6,7 +6,7 @@ PY := .venv/bin/python
 PIP_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-exhaustive check bench bench-decode bench-scale fuzz chaos engines engines-current
+.PHONY: help setup demo test test-exhaustive check bench bench-daft bench-decode bench-gpu bench-scale soak fuzz chaos engines engines-current
 
 help: ## what each verb does
 	@grep -E '^[a-z-]+:.*##' Makefile | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -39,6 +39,23 @@ check: setup ## ruff and mypy --strict
 bench: setup ## ratios side by side: decode floor, vidbatch, Ray Data (needs decord), Daft with --daft
 	$(PY) -m pip install --quiet decord==0.6.0
 	$(PY) -m tests.bench.job $(BENCH_ARGS)
+
+DAFT := build/daft
+
+bench-daft: setup $(DAFT)/.done ## the same beside Daft, in an environment of its own
+	$(PY) -m tests.bench.job --daft --no-ray-data $(BENCH_ARGS)
+
+$(DAFT)/.done:
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet $(PIP_ARGS) daft==0.7.26 av==17.1.0 numpy pyarrow pillow
+	touch $@
+
+bench-gpu: setup ## what needs a GPU: its tests, which fail without one, then models in each precision
+	FAIL_WITHOUT_GPU=1 $(PY) -m pytest -m gpu $(TEST_ARGS)
+	$(PY) -m tests.bench.gpu $(BENCH_ARGS)
+
+soak: setup ## a long run whose processes must not grow: SOAK_ARGS="--minutes 60"
+	$(PY) -m tests.bench.soak $(SOAK_ARGS)
 
 bench-decode: setup ## what sampling costs as a share of a full decode; beside other decoders
 	test -d build/bench-decode/rivals || $(PY) -m pip install --quiet --no-deps --target build/bench-decode/rivals torchcodec==0.13.0 decord==0.6.0

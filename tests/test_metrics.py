@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from vidbatch.cluster.attribution import attribute, busy_line
+from vidbatch.cluster.attribution import attribute, busy_line, calibration
 from vidbatch.cluster.metric_names import DECODER_STATES, MAX_VALUES, METRICS, PREDICTOR_STATES
 from vidbatch.cluster.metrics import DriverMeters, Meters
 from vidbatch.cluster.slots import Slot
@@ -142,6 +142,21 @@ def test_the_sentence_says_what_to_change(
     assert found["per_decoder"] == [decoder]
     assert found["decoder_seconds"].keys() == set(DECODER_STATES)
     assert found["predictor_seconds"].keys() == set(PREDICTOR_STATES)
+
+
+def test_the_first_work_tells_how_the_pools_suit_each_other() -> None:
+    predictor = {**stats(compute=2.0, starved=30.0, collating=0.5), "frames": 1000}
+    decoder = {"decode": 9.0, "read": 1.0, "predict": 3.0, "idle": 50.0}
+    line = calibration([predictor], [decoder, decoder], "cpu")
+    assert line == (
+        "measured: a decoder gives 50 frames/s, a predictor takes 400: one keeps up with 8.0 "
+        "decoders; with 2 and 1 the decoders are the limit (25% of what the predictors take)"
+    )
+    slow = {**predictor, "seconds": {"compute": 40.0}}
+    said = calibration([slow], [decoder, decoder], "cuda")
+    assert said is not None and "the GPUs are the limit (400%" in said
+    assert calibration([predictor], [{"decode": 1.0}], "cpu") is None, "too little to say"
+    assert calibration([], [decoder], "cpu") is None
 
 
 def test_the_progress_line_ends_with_both_pools() -> None:

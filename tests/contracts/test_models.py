@@ -37,8 +37,8 @@ ENTRIES: dict[str, dict[str, Any]] = {name: {"builtin": name} for name in BUILTI
 def cuda() -> str:
     if torch.cuda.is_available():
         return "cuda:0"
-    if os.environ.get("FAIL_WITHOUT_CUDA") == "1":
-        pytest.fail("no GPU is visible and FAIL_WITHOUT_CUDA=1")
+    if os.environ.get("FAIL_WITHOUT_GPU") == "1":
+        pytest.fail("no GPU is visible and FAIL_WITHOUT_GPU=1")
     pytest.skip("no GPU is visible")
 
 

@@ -16,6 +16,9 @@ from vidbatch.cluster.metric_names import DECODER_STATES, PREDICTOR_STATES
 MUCH = 0.2
 """A state is worth a sentence from this share of the time on."""
 
+SOME_FRAMES, SOME_S = 200, 10.0
+"""Of work that say how fast decoders and predictors are."""
+
 _COPYING = ("collating", "uploading")
 
 
@@ -39,6 +42,32 @@ def attribute(
     facts["per_decoder"] = [_rounded(d) for d in decoders]
     facts["per_predictor"] = [_rounded(p["seconds"]) for p in predictors]
     return facts
+
+
+def calibration(
+    predictors: Sequence[Mapping[str, Any]], decoders: Sequence[Mapping[str, float]], device: str
+) -> str | None:
+    """How the pools suit each other, from the first work itself; None while that says little.
+
+    Args:
+        predictors: as of `attribute`, of those that run.
+        decoders: as of `attribute`.
+    """
+    frames = sum(p["frames"] for p in predictors)
+    working = _total((p["seconds"] for p in predictors), ("compute", *_COPYING))
+    decoding = _total(decoders, [s for s in DECODER_STATES if s not in ("idle", "predict")])
+    busy_s, given_s = sum(working.values()), sum(decoding.values())
+    if frames < SOME_FRAMES or given_s < SOME_S or busy_s <= 0:
+        return None
+    given, taken = frames / given_s, frames / busy_s
+    who = "GPU" if device == "cuda" else "predictor"
+    load = len(decoders) * given / (len(predictors) * taken)
+    limit = f"{who}s are" if load > 1 else "decoders are"
+    return (
+        f"measured: a decoder gives {given:.0f} frames/s, a {who} takes {taken:.0f}: one keeps up "
+        f"with {taken / given:.1f} decoders; with {len(decoders)} and {len(predictors)} the "
+        f"{limit} the limit ({load:.0%} of what the {who}s take)"
+    )
 
 
 def busy_line(

@@ -72,7 +72,7 @@ class RayEngine:
         self._returned = Returned(spec.attempts)
         self._crew = Crew(self._inbox.on, note, self.predictor_class)
         self._pools: Pools | None = None
-        self._telling = Telling(self._slots, self._crew)
+        self._telling = Telling(self._slots, self._crew, note)
         self._args: tuple[Any, ...] = ()
         self._deaths = self._fruitless = 0
         """Decoders lost: all, and since the last sign that anything gets done."""
@@ -336,7 +336,8 @@ class RayEngine:
         if not self._halted:
             self._check_up(now)
         self._crew.tick()
-        self._telling.tick(self._deaths, self.progress)
+        device = self._pools.device if self._pools else ""
+        self._telling.tick(self._deaths, device, self.progress)
 
     def _check_up(self, now: float) -> None:
         """Whether decoders, and at first a predictor, have been waited for long enough."""
