@@ -179,10 +179,11 @@ class Stopwatch(Progress):
     def __init__(self) -> None:
         super().__init__(quiet=True)
         self.up_at = self.planned_at = self.done_at = 0.0
+        self.cpu_up_s = self.cpu_done_s = 0.0
 
     def note(self, text: str) -> None:
         """The last line of a run that goes well says that the engine is up."""
-        self.up_at = time.monotonic()
+        self.up_at, self.cpu_up_s = time.monotonic(), time.process_time()
 
     def expect(self, tasks: int, cost_s: float) -> None:
         """See `Progress.expect`."""
@@ -192,7 +193,7 @@ class Stopwatch(Progress):
     def add(self, counts: Counts, cost_s: float = 0.0) -> None:
         """See `Progress.add`."""
         super().add(counts, cost_s)
-        self.done_at = time.monotonic()
+        self.done_at, self.cpu_done_s = time.monotonic(), time.process_time()
 
 
 def list_keys(made: Made, output: str) -> dict[str, Any]:
@@ -224,6 +225,7 @@ def drive(made: Made, output: str, engine: EngineFactory, clips: int) -> dict[st
         "plan_s": progress.planned_at - progress.up_at,
         "first_task_s": result.summary["first_task_s"],
         "tasks_per_s": counts["tasks"] / (progress.done_at - progress.up_at),
+        "tasks_per_cpu_s": counts["tasks"] / (progress.cpu_done_s - progress.cpu_up_s),
         "plan_chunks": len(plan),
         "plan_bytes_per_clip": sum(plan) / clips,
         "commit_records": sum(1 for _ in Path(output, COMMITS).rglob("*.json")),
