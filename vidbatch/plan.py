@@ -35,8 +35,9 @@ TASKS_PER_DECODER = 8
 time of at most an eighth of it."""
 
 
-LAST_TASK_S = 2.0
-"""Planned cost to which the last tasks of a plan shrink, so that all decoders end together."""
+LAST_TASK_S, LAST_SHARE = 2.0, 8
+"""Planned cost to which the last tasks of a plan shrink, so that all decoders end together: to an
+eighth, for each halving costs every decoder 1.4 tasks more."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,10 +79,10 @@ def pack(
     """Packs clips into tasks of at most `task_s` planned seconds; a task never mixes days.
 
     The first `num_first` tasks hold at most FIRST_TASK_S; with a `share`, none holds more than a
-    `share`-th of what is left (guided self-scheduling), down to LAST_TASK_S. Clips of one video
-    stay in order and next to each other. `order`: newest or oldest day first, or the dearest videos
-    of a day first.
-    The result depends only on the pieces and the arguments, not on their order of arrival.
+    `share`-th of what is left (guided self-scheduling), down to `task_s` / LAST_SHARE or
+    LAST_TASK_S. Clips of one video stay in order and next to each other. `order`: newest or oldest
+    day first, or the dearest videos of a day first. The result depends only on the pieces and the
+    arguments, not on their order of arrival.
     """
     newest = order != "oldest"
     videos: dict[str, list[Piece]] = {}
@@ -106,7 +107,7 @@ def pack(
         for piece in (p for group in of_day for p in group):
             room = min(FIRST_TASK_S, task_s) if len(tasks) < num_first else task_s
             if share:
-                room = min(room, max(LAST_TASK_S, (left_s + cost) / share))
+                room = min(room, max(LAST_TASK_S, task_s / LAST_SHARE, (left_s + cost) / share))
             if held and (cost + piece.cost_s > room or len(held) >= MAX_CLIPS):
                 tasks.append(_task(held, sampling))
                 held, cost = [], 0.0

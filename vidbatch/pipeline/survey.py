@@ -153,11 +153,15 @@ class Survey:
         limit = self.job.clips.split_above
         small = self._in_order(v for v in self.new if v.size_bytes <= limit)
         task_s = self._task_s(map(estimate_cost_s, (v.size_bytes for v in small)), width)
-        for chunk in _growing(small, FIRST_CHUNK_VIDEOS):
-            yield self._plan([whole(Clip(video=v)) for v in chunk], task_s, width=width)
         large = self._in_order(v for v in self.new if v.size_bytes > limit)
+        left = len(self.new)
+        for chunk in _growing(small, FIRST_CHUNK_VIDEOS):
+            left -= len(chunk)
+            pieces = [whole(Clip(video=v)) for v in chunk]
+            yield self._plan(pieces, task_s, width=width, last=not left)
         for chunk in _growing(large, 4 * width, most=MAX_PROBED):
-            yield self.plan_probed(probe(chunk), width=width)
+            left -= len(chunk)
+            yield self.plan_probed(probe(chunk), width=width, last=not left)
 
     def open_orders(self) -> Orders:
         """Tasks of the log that lack outputs, and automatic retries, in the job file's order."""
@@ -182,7 +186,7 @@ class Survey:
         limit_s = self.job.limits.task_minutes * 60
         return task_cost_s(sum(costs_s), limit_s=limit_s, decoders=width)
 
-    def plan_probed(self, probed: Iterable[Probed], *, width: int) -> Orders:
+    def plan_probed(self, probed: Iterable[Probed], *, width: int, last: bool) -> Orders:
         """Plans large videos once their headers are known; unreadable ones as one whole clip."""
         pieces: list[Piece] = []
         for found in probed:
@@ -211,10 +215,10 @@ class Survey:
                     for r in found.ranges
                 ]
         task_s = self._task_s((p.cost_s for p in pieces), width)
-        return self._plan(pieces, task_s, width=width)
+        return self._plan(pieces, task_s, width=width, last=last)
 
-    def _plan(self, pieces: list[Piece], task_s: float, *, width: int) -> Orders:
-        """Appends the tasks of some videos to the log; the first of all are short."""
+    def _plan(self, pieces: list[Piece], task_s: float, *, width: int, last: bool) -> Orders:
+        """Appends the tasks of some videos to the log; the first and the last of all are short."""
         before, mine = len(self.log), 0
         wanted = sorted({p.clip.video.video_id for p in pieces})
         num_first = 0 if self._begun else 2 * width
@@ -227,7 +231,7 @@ class Survey:
                 sampling=self.spec.sampling,
                 task_s=task_s,
                 num_first=num_first,
-                share=2 * width if width > 1 else 0,
+                share=2 * width if last and width > 1 else 0,
                 order=self.job.engine.order,
             )
             mine = len(tasks)
