@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from vidbatch import query
 from vidbatch.config import Job, parse_job
 from vidbatch.demo import CUT, DATE_PATTERN, SCENES, TEXT, make_archive
 from vidbatch.errors import RefusedError, UsageError
+from vidbatch.pipeline.engine import Engine, LocalEngine, Supply
+from vidbatch.pipeline.order import RunSpec, TaskReport
 from vidbatch.pipeline.run import RunResult, run_job
 from vidbatch.storage import Store, open_store
 from vidbatch.verify import verify
@@ -226,6 +229,22 @@ def test_strict_limit_and_stop(archive: Path, tmp_path: Path) -> None:
     assert stopped.summary["stopped"]
     assert run(make_job(archive, output)).exit_code == 0
     assert outcome_counts(open_store(output))["frames"]["ok"] == len(SCENES)
+
+
+def test_a_run_stops_in_time_whatever_it_waits_for(archive: Path, tmp_path: Path) -> None:
+    class Waits(LocalEngine):
+        def run(self, supply: Supply) -> Iterator[TaskReport]:
+            while not self._halted:
+                time.sleep(0.01)
+            yield from ()
+
+    def make(spec: RunSpec, job: Job, note: Callable[[str], None]) -> Engine:
+        return Waits(spec, length_s=job.clips.length_s)
+
+    job = make_job(archive, str(tmp_path / "out"), limits={"isolate": False, "stop_after": "1s"})
+    job = job.model_copy(update={"engine": job.engine.model_copy(update={"address": "local"})})
+    result = run_job(job, make_engine=make)
+    assert (result.exit_code, result.summary["stopped"]) == (5, "limits.stop_after 1 s is over")
 
 
 def test_retry_runs_what_may_succeed(

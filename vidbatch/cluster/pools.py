@@ -162,6 +162,8 @@ def _environment(local: bool) -> Iterator[None]:
         if not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ):
             os.environ["RAY_AUTH_TOKEN"] = _token
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        # what only a dashboard shows, and there is none: a gcs grew by 1 MB a minute of it
+        os.environ.setdefault("RAY_task_events_report_interval_ms", "0")
         root = str(Path(vidbatch.__file__).parents[1])  # also from a source tree
         paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
         os.environ["PYTHONPATH"] = os.pathsep.join(paths)

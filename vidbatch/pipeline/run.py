@@ -144,16 +144,29 @@ class _Conductor:
 
     def _drive(self, events: _Events) -> Mapping[str, Any]:
         supply = PlannedSupply(self.survey, self.engine, self.progress)
+        alarm = self._alarm()
         try:
             for report in self.engine.run(supply):
                 self._take(report, supply, events)
                 events.flush()
         finally:
+            alarm.cancel()
             supply.close()
             facts = self.engine.stop()
         if not supply.finished and self.stop_reason is None:
             self.stop_reason = "stopped"
         return facts
+
+    def _alarm(self) -> threading.Timer:
+        """Stops the run when its time is over, whatever it waits for then."""
+        most_s = self.job.limits.stop_after
+        left_s = max(0.0, (most_s or 0.0) - (time.monotonic() - self.started))
+        reason = f"limits.stop_after {human_s(most_s or 0.0)} is over"
+        alarm = threading.Timer(left_s, self._halt, (reason,))
+        alarm.daemon = True
+        if most_s is not None:
+            alarm.start()
+        return alarm
 
     def _take(self, report: TaskReport, supply: PlannedSupply, events: _Events) -> None:
         elapsed = time.monotonic() - self.started
@@ -213,8 +226,6 @@ class _Conductor:
         cost = sum(self._cost().values())
         if limits.max_cost is not None and cost > limits.max_cost:
             self._halt(f"limits.max_cost {limits.max_cost:g} is spent (about {cost:.2f} so far)")
-        if limits.stop_after is not None and time.monotonic() - self.started > limits.stop_after:
-            self._halt(f"limits.stop_after {human_s(limits.stop_after)} is over")
 
     def _cost(self) -> dict[str, float]:
         """About what the run has cost so far, by the job file's prices: decoders while they had a
