@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from fractions import Fraction
 from itertools import pairwise
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 
@@ -44,6 +46,35 @@ def test_an_empty_object_is_no_video() -> None:
     with pytest.raises(MediaError) as error:
         probe(BytesSource(b""), limits=LIMITS)
     assert error.value.kind == "empty"
+
+
+def test_a_title_that_is_no_utf8_is_nobodys_business() -> None:
+    """PyAV reads all tags on opening, and by default refuses the file for one."""
+    made = io.BytesIO()
+    with av.open(io.BytesIO(make_clip())) as source, av.open(made, "w", format="mp4") as copy:
+        copy.metadata["title"] = "A PLAIN TITLE"
+        stream = copy.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = stream
+                copy.mux(packet)
+    data = made.getvalue().replace(b"A PLAIN TITLE", b"\xff\xfe\xe9 PLAIN \x80\x81\x82")
+    with pytest.raises(UnicodeDecodeError), av.open(io.BytesIO(data)):
+        pass
+    info, table = probe(BytesSource(data), limits=LIMITS)
+    assert info.codec == "h264" and table is not None and len(table.order) == 60
+
+
+def test_a_matrix_that_turns_nothing_is_no_rotation() -> None:
+    """FFmpeg calls the angle of a display matrix of zeros not a number, PyAV -2147483648."""
+    data = make_clip()
+    at = data.index(b"tkhd") + 44  # after version, times, id and volume of a version 0 header
+    assert data[at : at + 4] == b"\x00\x01\x00\x00"
+    data = data[:at] + bytes(36) + data[at + 36 :]
+    with av.open(io.BytesIO(data)) as container:
+        assert next(container.decode(video=0)).rotation == -(2**31)
+    info, _ = probe(BytesSource(data), limits=LIMITS)
+    assert (info.rotation_deg, info.width_px, info.height_px) == (0, 64, 64)
 
 
 @pytest.mark.parametrize("length_s", [0.01, 0.4, 0.5, 1.0, 1.3, 1000.0])
