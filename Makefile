@@ -47,7 +47,7 @@ bench-daft: setup $(DAFT)/.done ## the same beside Daft, in an environment of it
 
 $(DAFT)/.done:
 	$(PYTHON) -m venv $(@D)
-	$(@D)/bin/python -m pip install --quiet $(PIP_ARGS) daft==0.7.26 av==17.1.0 numpy pyarrow pillow
+	$(@D)/bin/python -m pip install --quiet $(PIP_ARGS) daft==0.7.26 av==18.1.0 numpy==2.4.6 pyarrow==25.0.1 pillow==13.0.0
 	touch $@
 
 bench-gpu: setup ## what needs a GPU: its tests, which fail without one, then models in each precision

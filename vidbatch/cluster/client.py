@@ -108,16 +108,15 @@ class PredictorPool:
             self._ask(i)
 
     def submit(self, chunk: Chunk, models: tuple[str, ...]) -> Ticket:
-        """Sends a chunk; waits for the oldest ones while the credit is used up."""
+        """Sends a chunk, or keeps it till a predictor is up; waits while the credit is used up."""
         n = chunk.nbytes
         while self._out and self._out_bytes + n > self._credit:
             self._settle(self._out[0])
         ticket = Ticket(chunk=ray.put(chunk), nbytes=n, models=models)
         self._out.append(ticket)
         self._out_bytes += n
-        if self._choose(0.0) >= 0:  # before the first is up, decoding goes on within the credit
-            for unsent in [t for t in self._out if not t.sends]:
-                self._send(unsent)
+        for unsent in [t for t in self._out if not t.sends]:
+            self._send(unsent, 0.0)  # before a predictor is up, decoding goes on within the credit
         return ticket
 
     def result(self, ticket: Any) -> Mapping[str, Predictions | ModelError]:
@@ -143,7 +142,7 @@ class PredictorPool:
         self._waiting(True)
         try:
             if not ticket.sends:
-                self._send(ticket)
+                self._send(ticket, self._wait_s)
             while ticket.answers is None:
                 self._receive(ticket)
         finally:
@@ -169,8 +168,9 @@ class PredictorPool:
             self._load[ticket.predictor] -= ticket.nbytes
             self._give_up(ticket, one_line(error), kind="predictor_raised")
 
-    def _send(self, ticket: Ticket) -> None:
-        ticket.predictor = self._choose(self._wait_s)
+    def _send(self, ticket: Ticket, wait_s: float) -> None:
+        """Sends a ticket, unless no predictor is up within `wait_s`."""
+        ticket.predictor = self._choose(wait_s)
         if ticket.predictor < 0:
             return
         ticket.sends += 1

@@ -75,13 +75,14 @@ def _add_engine(table: Table, facts: Mapping[str, Any]) -> None:
             batches = f"; {facts['frames']} frames in {facts['batches']} batches"
             _add(table, f"{who}s", spent + batches * (who == "predictor"))
     died = {
-        "decoders died": facts.get("decoder_deaths", 0),
-        "predictors died": facts.get("predictor_restarts", 0),
-        "decoding processes ended": facts.get("child_restarts", facts.get("decoder_restarts", 0)),
-        "batches halved for want of memory": facts.get("batches_halved", 0),
+        "decoders": facts.get("decoder_deaths", 0),
+        "predictors": facts.get("predictor_restarts", 0),
+        "decoding processes": facts.get("child_restarts", facts.get("decoder_restarts", 0)),
     }
     if any(died.values()):
-        _add(table, "lost and replaced", ", ".join(f"{n} {what}" for what, n in died.items() if n))
+        _add(table, "died and replaced", ", ".join(f"{who} {n}" for who, n in died.items() if n))
+    if halved := facts.get("batches_halved"):
+        _add(table, "out of memory", f"{halved} batches were halved; a smaller batch would do")
     if "sentence" in facts:
         _add(table, "what limits it", facts["sentence"])
 
