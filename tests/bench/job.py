@@ -1,10 +1,12 @@
 """`make bench`: the whole job against its decode floor, Ray Data and Daft, side by side.
 
-    python -m tests.bench.job [--videos FOLDER] [--fps 2] [--seconds 60] [--tolerance] [--daft]
+    python -m tests.bench.job [--videos FOLDER] [--fps 2] [--seconds 60] [--gop-s 1] [--tolerance]
+                              [--daft]
 
 The decode floor is what both cores do when they only decode the same samples: no Ray, no model, no
-tables. The ratios count, not the times: machines are shared and noisy, so the legs take turns and
-the best of each is compared. Without a folder, a made archive is used (720p, drawn pictures).
+tables; `on bare Ray` does the same in actors, so it holds what Ray and the imports cost. The ratios
+count, not the times: machines are shared and noisy, so the legs take turns and the best of each is
+compared. Without a folder, a made archive is used (720p, drawn pictures).
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 
@@ -38,7 +41,6 @@ DAFT = Path(__file__).resolve().parents[2] / "build" / "daft" / "bin" / "python"
 def decode_share(paths: list[str], fps: str) -> tuple[int, float]:
     """(frames sampled, video seconds) of some files, decoded in this process alone."""
     from datetime import UTC, datetime
-    from fractions import Fraction
 
     from vidbatch.archive import ArchiveRule, list_archive
     from vidbatch.data import Clip, ClipEnd, DecodeLimits, Frames, Geometry, Sample
@@ -111,6 +113,7 @@ def other_job(python: Path, script: str, folder: Path, fps: str) -> tuple[float,
     process = subprocess.Popen(
         [str(python), str(Path(__file__).with_name(script)), str(folder), fps, str(out / "t")],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])},
     )  # fmt: skip
     try:
         said, complaint = process.communicate(timeout=OTHER_S)
@@ -127,7 +130,29 @@ def other_job(python: Path, script: str, folder: Path, fps: str) -> tuple[float,
     return elapsed, int(said.strip().splitlines()[-1])
 
 
-def make_archive(folder: Path, source: Path | None, seconds: float, fps: str) -> None:
+def encode_anew(source: Path, gop_s: float, folder: Path) -> Path:
+    """The pictures of a file as H.264 with a keyframe at least every `gop_s` seconds."""
+    import av
+
+    made = folder / f"{source.stem}.mp4"
+    with av.open(str(source)) as read, av.open(str(made), "w") as written:
+        shown = read.streams.video[0]
+        rate = shown.average_rate or 25
+        options = {"g": str(max(1, int(rate * Fraction(gop_s)))), "crf": "23", "bf": "2"}
+        stream = written.add_stream("libx264", rate=rate, options=options)
+        stream.width, stream.height = shown.width // 2 * 2, shown.height // 2 * 2
+        stream.pix_fmt = "yuv420p"
+        for n, frame in enumerate(read.decode(shown)):
+            picture = frame.reformat(stream.width, stream.height, "yuv420p")
+            picture.pts, picture.time_base, picture.pict_type = n, 1 / Fraction(rate), 0
+            written.mux(stream.encode(picture))
+        written.mux(stream.encode(None))
+    return made
+
+
+def make_archive(
+    folder: Path, source: Path | None, seconds: float, fps: str, gop_s: float | None = None
+) -> None:
     """Links enough copies of the source's files into `folder` for so many seconds of work."""
     if source is None:
         from vidbatch.demo import make_archive as draw
@@ -137,6 +162,10 @@ def make_archive(folder: Path, source: Path | None, seconds: float, fps: str) ->
     files = sorted(p for p in source.rglob("*.mp4") if p.stat().st_size > 20_000)
     if not files:
         sys.exit(f"{source}: no .mp4 file to bench with")
+    if gop_s:
+        encoded = folder.parent / "encoded"
+        encoded.mkdir()
+        files = [encode_anew(file, gop_s, encoded) for file in files]
     began = time.perf_counter()
     once, _ = decode_share_all(files, fps)
     copies = max(1, round(seconds * (os.cpu_count() or 1) / max(once, 0.01)))
@@ -161,11 +190,17 @@ def main() -> None:
     parser.add_argument("--fps", default="2")
     parser.add_argument("--seconds", type=float, default=60, help="work per leg on all cores")
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--gop-s", type=float, help="encode the files with keyframes so far apart")
     parser.add_argument("--tolerance", action="store_true", help="also half an interval off")
     parser.add_argument("--no-ray-data", action="store_true")
     parser.add_argument("--daft", action="store_true", help="also Daft, of build/daft")
     args = parser.parse_args()
-    legs: dict[str, Leg] = {"decode floor": decode_floor, "vidbatch run": vidbatch_job}
+    bare = partial(other_job, Path(sys.executable), "bare_ray_job.py")
+    legs: dict[str, Leg] = {
+        "decode floor": decode_floor,
+        "on bare Ray": bare,
+        "vidbatch run": vidbatch_job,
+    }
     if args.tolerance:
         legs["with tolerance"] = tolerant_job
     if not args.no_ray_data:
@@ -175,7 +210,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch, "archive")
         folder.mkdir()
-        make_archive(folder, args.videos, args.seconds, args.fps)
+        make_archive(folder, args.videos, args.seconds, args.fps, args.gop_s)
         best = race(legs, folder, args.fps, args.rounds)
     floor = best["decode floor"]
     print(f"\n{'leg':14} {'seconds':>8} {'frames':>8} {'frames/s':>9} {'of the floor':>13}")
