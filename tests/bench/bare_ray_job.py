@@ -49,7 +49,8 @@ def main(folder: str, fps: str, out: str) -> None:
     idle = Idle.remote()
     ready = idle.ready.remote()
     files = sorted(Path(folder).glob("*.mp4"), key=lambda p: -p.stat().st_size)
-    pool = ActorPool([Decoder.remote() for _ in range(os.cpu_count() or 1)])
+    cores = os.cpu_count() or 1
+    pool = ActorPool([Decoder.remote() for _ in range(cores)])
     found = list(pool.map_unordered(lambda a, f: a.decode.remote(str(f), fps), files))
     ray.get(ready)
     ray.shutdown()

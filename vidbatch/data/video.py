@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from fractions import Fraction
 from typing import Any, Literal
@@ -23,6 +23,11 @@ def digest(value: Any) -> str:
     """sha256 (64 hex digits) of the canonical JSON of `value` (sorted keys, no spaces, UTF-8)."""
     text = _canonical(value)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _base32(value: Any, length: int) -> str:
+    """The first base32 characters of the digest, in lower case."""
+    return base64.b32encode(bytes.fromhex(digest(value)))[:length].decode("ascii").lower()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,12 +50,14 @@ class Video:
     """The camera or channel; "" when the date rule names none."""
     key_fields: str = "{}"
     """JSON object of the date pattern's other named groups."""
+    _id: str = field(default="", init=False, repr=False, compare=False)
 
     @property
     def video_id(self) -> str:
         """20 base32 characters of the hash of (uri, version)."""
-        raw = bytes.fromhex(digest([self.uri, self.version])[:26])
-        return base64.b32encode(raw)[:20].decode("ascii").lower()
+        if not self._id:  # asked for again and again, of a million videos
+            object.__setattr__(self, "_id", _base32([self.uri, self.version], 20))
+        return self._id
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,6 +194,7 @@ class Task:
     """Fingerprint of the one output a retry is for; null for a first-generation task."""
     cost_s: float = 0.0
     """Planned core seconds."""
+    _id: str = field(default="", init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not self.clips or len({c.video.dt for c in self.clips}) != 1:
@@ -195,9 +203,11 @@ class Task:
     @property
     def task_id(self) -> str:
         """26 base32 characters; the same clips, rule and generation give the same id for ever."""
-        clips = sorted(c.identity() for c in self.clips)
-        raw = bytes.fromhex(digest([self.sampling, clips, self.generation, self.output]))
-        return base64.b32encode(raw)[:26].decode("ascii").lower()
+        if not self._id:
+            clips = sorted(c.identity() for c in self.clips)
+            value = [self.sampling, clips, self.generation, self.output]
+            object.__setattr__(self, "_id", _base32(value, 26))
+        return self._id
 
     @property
     def dt(self) -> str:
