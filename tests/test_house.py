@@ -22,13 +22,13 @@ LAYERS = [
     {"query", "report", "track"},  # what analysts use: tables, ledger, storage and config alone
     {"sandbox", "pipeline"},
     {"cluster"},
-    {"demo", "jobfile", "launch", "logs", "submit", "cli", "cli_models", "__main__"},
+    {"demo", "jobfile", "launch", "logs", "submit", "trial", "cli", "cli_models", "__main__"},
 ]
 LAYER = {room: n for n, rooms in enumerate(LAYERS) for room in rooms}
 SIDEWAYS = {
     ("batching", "models"), ("verify", "ledger"), ("pipeline", "sandbox"), ("report", "query"),
     ("demo", "launch"), ("cli", "demo"), ("cli", "jobfile"), ("cli", "launch"),
-    ("cli", "logs"), ("cli", "submit"), ("cli", "cli_models"), ("launch", "logs"),
+    ("cli", "logs"), ("cli", "submit"), ("cli", "trial"), ("cli", "cli_models"), ("launch", "logs"),
     ("__main__", "cli"), ("data", "errors"),
 }  # fmt: skip
 """Pairs of one layer that may look at each other, each for a reason its file states."""
@@ -44,10 +44,7 @@ DOORS = {
     "botocore": ("storage/",),
     "torch": ("models/", "cluster/predictor.py"),
     "pyarrow.parquet": ("tables/", "query/"),
-    "cv2": (
-        "models/",
-        "track/",
-    ),
+    "cv2": ("models/", "track/", "trial.py"),
     "duckdb": ("query/",),
 }
 

@@ -116,6 +116,34 @@ def init(
     print(f"wrote {out}; look at it, then: vidbatch plan {out}", file=sys.stderr)
 
 
+@app.command("try")
+def try_model(
+    model: Annotated[str, typer.Argument(help="a model file, or the name of a builtin")],
+    video: Annotated[str, typer.Argument(help="one video")],
+    beside: Annotated[
+        list[str] | None, typer.Option("-m", "--model", help="one it needs: whose boxes it gets")
+    ] = None,
+    fps: Annotated[str | None, typer.Option(help="frames per second; without: spread out")] = None,
+    frames: Annotated[int, typer.Option("-n", min=1, max=200, help="frames shown")] = 20,
+    out: Annotated[Path, typer.Option("-o", "--out", help="the picture")] = Path("try.png"),
+    as_json: JsonFlag = False,
+) -> None:
+    """Shows frames of a video as a model sees them, with its rows: a picture and tables."""
+    from vidbatch.query import result_table
+    from vidbatch.trial import png, try_video
+
+    found = try_video(model, video, beside=tuple(beside or ()), fps=fps, n=frames)
+    if as_json:
+        _print_json({name: table.dicts() for name, table in found.tables.items()})
+    else:
+        for name, table in found.tables.items():
+            print(f"{name} of {found.model}: {len(table.rows)} rows")
+            _rich(result_table(table))
+    if found.sheet is not None:
+        out.write_bytes(png(found.sheet))
+        print(f"wrote {out}: frames as {found.model} saw them", file=sys.stderr)
+
+
 @app.command()
 def plan(
     job: Annotated[str, typer.Argument(help="the job file")],
@@ -335,7 +363,7 @@ def sql(
 
     result = queries.sql(output, query, _settings(endpoint_url))
     if as_json:
-        _print_json([dict(zip(result.columns, row, strict=True)) for row in result.rows])
+        _print_json(result.dicts())
     else:
         _rich(queries.result_table(result))
 

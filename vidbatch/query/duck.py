@@ -37,6 +37,10 @@ class QueryResult:
     note: str = ""
     """What one should know about the rows: "" unless the output is empty."""
 
+    def dicts(self) -> list[dict[str, Any]]:
+        """The rows with the names of their columns."""
+        return [dict(zip(self.columns, row, strict=True)) for row in self.rows]
+
 
 def connect(output: str, settings: StoreSettings | None = None) -> duckdb.DuckDBPyConnection:
     """A DuckDB connection, in memory, with every view and macro of the output.
