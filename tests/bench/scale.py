@@ -8,6 +8,7 @@
     run      `plan` again on local Ray: the real driver, and two decoders whose tasks only put the
              commit records of their outputs (`frames` and the model `builtin: null`)
     resume   what the next run asks of a store that pages before it knows that nothing is to do
+    store    50,000 of them, whose plan, records and resume stand in a real S3 server (Ceph)
     task     the real tasks of 2,000 clips whose decoder gives no frame: files, bytes, PUTs, CPU
 
 A video has two minutes and 60 MB, so a task of ten planned minutes holds 39 of them. Each leg runs
@@ -44,7 +45,9 @@ from vidbatch.progress import Counts, Progress
 
 CLIPS_OF_A_LARGE_VIDEO = 50
 RUN = "20260101T000000-000-aaaaaa"
-LEGS = ("list", "plan", "probed", "run", "resume", "task")
+LEGS = ("list", "plan", "probed", "run", "resume", "store", "task")
+IN_A_STORE = 50_000
+"""Clips of leg `store`."""
 INFO = VideoInfo(
     container="mp4", codec="h264", width_px=1920, height_px=1080, rotation_deg=0,
     time_base=Fraction(1, 15360), rate=Fraction(30), start_s=0.0, duration_s=120.0,
@@ -52,13 +55,25 @@ INFO = VideoInfo(
 )  # fmt: skip
 
 
-def make_job(made: Made, output: str, *, split_above: int = 2**26, task_minutes: float = 10) -> Job:
-    """The job of all legs: the made archive, one frame per second, the model that does nothing."""
+def make_job(
+    made: Made,
+    output: str,
+    *,
+    split_above: int = 2**26,
+    task_minutes: float = 10,
+    endpoints: tuple[str | None, str | None] = (None, None),
+) -> Job:
+    """The job of all legs: the made archive, one frame per second, the model that does nothing.
+
+    Args:
+        endpoints: of the archive and of the output, where the environment's is not meant.
+    """
+    stores = [{"store": {"endpoint_url": url}} if url else {} for url in endpoints]
     tree = {
-        "archive": {"uri": "s3://archive", "date": made.date_rule},
+        "archive": {"uri": "s3://archive", "date": made.date_rule, **stores[0]},
         "sample": {"fps": 1},
         "models": [{"builtin": "null"}],
-        "output": {"uri": output},
+        "output": {"uri": output, **stores[1]},
         "clips": {"split_above": split_above},
         "engine": {"decoders": 2},
         "limits": {"isolate": False, "task_minutes": task_minutes},
@@ -264,6 +279,31 @@ def resume(made: Made, endpoint: str, task_minutes: float = 10) -> dict[str, Any
     }
 
 
+def in_a_store(made: Made, endpoint: str, folder: str) -> dict[str, Any]:
+    """Leg `store`: a run on Ray and the survey after it, all of the output in an S3 server."""
+    from tests.s3 import Gateway, make_bucket
+
+    gateway = Gateway(Path(folder, "ceph"), "memstore")
+    gateway.start()
+    os.environ["AWS_ACCESS_KEY_ID"] = gateway.access_key
+    os.environ["AWS_SECRET_ACCESS_KEY"] = gateway.secret_key
+    output, endpoints = f"s3://{make_bucket(gateway)}", (endpoint, gateway.endpoint_url)
+    job, progress = make_job(made, output, endpoints=endpoints), Stopwatch()
+    counts = run_job(job, progress=progress, make_engine=on_ray).summary["counts"]
+    assert counts["clips"] == made.videos, counts
+    started = time.monotonic()
+    survey = take_survey(job, run=RUN, now=datetime.now(UTC))
+    assert survey.nothing_to_do, survey.describe()
+    return {
+        "clips": counts["clips"],
+        "tasks": counts["tasks"],
+        "tasks_per_s": counts["tasks"] / (progress.done_at - progress.up_at),
+        "plan_s": progress.planned_at - progress.up_at,
+        "resume_s": time.monotonic() - started,
+        "server": gateway.name,
+    }
+
+
 def real_tasks(made: Made, output: str) -> dict[str, Any]:
     """Leg `task`: real tasks and commits, but for the pixels."""
     from vidbatch.pipeline.engine import LocalPredictor
@@ -310,6 +350,7 @@ def leg(name: str, clips: int, endpoint: str, folder: str) -> dict[str, Any]:
         "probed": lambda: drive(many, output, Nobody, many.videos * CLIPS_OF_A_LARGE_VIDEO),
         "run": lambda: drive(made, output, on_ray, clips),
         "resume": lambda: resume(made, endpoint),
+        "store": lambda: in_a_store(Made(min(clips, IN_A_STORE)), endpoint, folder),
         "task": lambda: real_tasks(few, output),
     }
     return {**legs[name](), "peak_mib": peak_mib()}
@@ -317,7 +358,11 @@ def leg(name: str, clips: int, endpoint: str, folder: str) -> dict[str, Any]:
 
 def run_leg(name: str, clips: int, folder: Path) -> dict[str, Any]:
     """One leg in a process of its own, before an endpoint of its own."""
-    videos = {"probed": max(1, clips // CLIPS_OF_A_LARGE_VIDEO), "task": min(clips, 2_000)}
+    videos = {
+        "probed": max(1, clips // CLIPS_OF_A_LARGE_VIDEO),
+        "store": min(clips, IN_A_STORE),
+        "task": min(clips, 2_000),
+    }
     with serving(Made(videos.get(name, clips)), folder / "run") as endpoint:
         called = f"leg({name!r}, {clips}, {endpoint!r}, {str(folder)!r})"
         code = f"import json; from tests.bench.scale import leg; print(json.dumps({called}))"
