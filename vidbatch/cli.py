@@ -129,19 +129,9 @@ def try_model(
     as_json: JsonFlag = False,
 ) -> None:
     """Shows frames of a video as a model sees them, with its rows: a picture and tables."""
-    from vidbatch.query import result_table
-    from vidbatch.trial import png, try_video
+    from vidbatch.trial import try_and_show
 
-    found = try_video(model, video, beside=tuple(beside or ()), fps=fps, n=frames)
-    if as_json:
-        _print_json({name: table.dicts() for name, table in found.tables.items()})
-    else:
-        for name, table in found.tables.items():
-            print(f"{name} of {found.model}: {len(table.rows)} rows")
-            _rich(result_table(table))
-    if found.sheet is not None:
-        out.write_bytes(png(found.sheet))
-        print(f"wrote {out}: frames as {found.model} saw them", file=sys.stderr)
+    try_and_show(model, video, out, beside=beside or (), fps=fps, n=frames, as_json=as_json)
 
 
 @app.command()

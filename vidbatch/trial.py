@@ -6,7 +6,9 @@ write. Then the frames are decoded once more, as the model saw them, and its row
 
 from __future__ import annotations
 
+import json
 import math
+import sys
 import tempfile
 import textwrap
 from collections import defaultdict
@@ -14,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,7 +29,8 @@ from vidbatch.pipeline.engine import make_decoder, probe_video
 from vidbatch.pipeline.order import RunSpec
 from vidbatch.pipeline.resolve import archive_rule, job_outputs, run_spec
 from vidbatch.pipeline.run import run_job
-from vidbatch.query import QueryResult, sql
+from vidbatch.progress import Progress
+from vidbatch.query import QueryResult, result_table, sql
 from vidbatch.storage import open_source, open_store
 
 CELL_PX, COLUMNS, LINES, LINE_PX = 250, 5, 3, 14
@@ -45,11 +49,17 @@ class Trial:
     tables: dict[str, QueryResult]
     """Table → the model's rows in it, by time."""
     sheet: Pixels | None
-    """(H, W, 3) uint8 RGB; None for a model of sound."""
+    """(H, W, 3) uint8 RGB; None for a model of sound, and of a video without frames."""
 
 
 def try_video(
-    model: str, video: str, *, beside: Sequence[str] = (), fps: str | None = None, n: int = 20
+    model: str,
+    video: str,
+    *,
+    beside: Sequence[str] = (),
+    fps: str | None = None,
+    n: int = 20,
+    progress: Progress | None = None,
 ) -> Trial:
     """Runs a model on a video and draws up to n of its frames.
 
@@ -60,8 +70,8 @@ def try_video(
             for a video of any length; one a second for models of windows, changes or sound.
 
     Raises:
-        UsageError: the model or the video cannot be used.
-        MediaError, ModelError: the video cannot be decoded; the model failed on it.
+        UsageError: the model or the video cannot be used, or the one failed on the other.
+        InfraError: the video's store does not answer.
     """
     with tempfile.TemporaryDirectory(prefix="vidbatch-try-") as folder:
         quick = QuickJob(archive=video, output=folder, models=(*beside, model), fps=fps or "1")
@@ -76,7 +86,7 @@ def try_video(
         if fps is None and spec.window is None and spec.audio is None and not spec.context:
             job = quick.job([*here, *_spread(run_spec(job, "try"), found[0], n)])
             output = job_outputs(job)[1][-1]
-        run_job(job)
+        run_job(job, progress=progress)
         failed = sql(folder, "select kind, message from failures_all order by all").rows
         if failed:
             kind, message = failed[0]
@@ -85,12 +95,12 @@ def try_video(
         tables: dict[str, QueryResult] = {
             table: _told(sql(folder, f"select * from {table}_all {rows}")) for table in spec.gives
         }
-        if spec.audio is not None:
+        count = sql(folder, "select count(*) from frames_all").rows[0][0]
+        if spec.audio is not None or not count:
             return Trial(model=spec.name, tables=tables, sheet=None)
         boxes = sql(folder, "select * from detections_all") if spec.crop else None
         notes = _Notes(tables, boxes)
         seen = _BESIDE if spec.crop or spec.geometry is None else spec.geometry
-        count = sql(folder, "select count(*) from frames_all").rows[0][0]
         picked = {int(i) for i in np.linspace(0, count - 1, min(n, count))}
         return Trial(
             model=spec.name,
@@ -113,11 +123,32 @@ def _told(table: QueryResult) -> QueryResult:
     )
 
 
-def png(sheet: Pixels) -> bytes:
-    """The sheet as a PNG file."""
+def try_and_show(
+    model: str,
+    video: str,
+    picture: Path,
+    *,
+    beside: Sequence[str] = (),
+    fps: str | None = None,
+    n: int = 20,
+    as_json: bool = False,
+) -> None:
+    """`try_video` for people: the rows on stdout, the sheet as a PNG file."""
     import cv2
+    from rich.console import Console
 
-    return bytes(cv2.imencode(".png", sheet[..., ::-1])[1])
+    with Progress() as progress:
+        found = try_video(model, video, beside=beside, fps=fps, n=n, progress=progress)
+    if as_json:
+        rows = {name: table.dicts() for name, table in found.tables.items()}
+        print(json.dumps(rows, indent=2, default=str, ensure_ascii=False))
+    else:
+        for name, table in found.tables.items():
+            print(f"{name} of {found.model}: {len(table.rows)} rows")
+            Console().print(result_table(table))
+    if found.sheet is not None:
+        picture.write_bytes(bytes(cv2.imencode(".png", found.sheet[..., ::-1])[1]))
+        print(f"wrote {picture}: frames as {found.model} saw them", file=sys.stderr)
 
 
 def _spread(spec: RunSpec, video: Video, n: int) -> list[str]:
