@@ -146,6 +146,20 @@ def test_what_cannot_be_shown_is_said_in_one_line(
     assert "\n" not in said.value.message
 
 
+def test_of_a_cut_video_what_is_there_is_shown(video: Path, tmp_path: Path) -> None:
+    data = video.read_bytes()
+    (tmp_path / "cut.mp4").write_bytes(data[: len(data) // 2])
+    found = try_video("colour", str(tmp_path / "cut.mp4"))
+    assert found.note.endswith("(truncated)")
+    assert found.sheet is not None and 0 < len(found.tables["embeddings"].rows) < 20
+
+
+def test_a_model_that_fails_says_so(video: Path, tmp_path: Path) -> None:
+    source = HALF.replace("n = len(batch.pixels)", "raise RuntimeError('no such net')")
+    with pytest.raises(UsageError, match=r"no such net.*nothing to show"):
+        try_video(model_file(tmp_path, "half", source), str(video))
+
+
 def test_a_folder_is_not_one_video(video: Path, tmp_path: Path) -> None:
     for name in ("a.mp4", "b.mp4"):
         (tmp_path / name).write_bytes(video.read_bytes())

@@ -50,6 +50,8 @@ class Trial:
     """Table → the model's rows in it, by time."""
     sheet: Pixels | None
     """(H, W, 3) uint8 RGB; None for a model of sound, and of a video without frames."""
+    note: str
+    """What is wrong with the video, although there is something to show; else ""."""
 
 
 def try_video(
@@ -87,17 +89,18 @@ def try_video(
             job = quick.job([*here, *_spread(run_spec(job, "try"), found[0], n)])
             output = job_outputs(job)[1][-1]
         run_job(job, progress=progress)
-        failed = sql(folder, "select kind, message from failures_all order by all").rows
-        if failed:
-            kind, message = failed[0]
-            raise UsageError(f"{video}: {message} ({kind}); there is nothing to show")
+        failed = sql(folder, "select message, kind from failures_all order by all").rows
+        why = "{} ({})".format(*failed[0]) if failed else ""
+        spoken = f"model = '{output.partition}' and status <> 'failed'"
+        if not sql(folder, f"select count(*) from coverage_all where {spoken}").rows[0][0]:
+            raise UsageError(f"{video}: {why or 'not decoded'}; there is nothing to show")
         rows = f"where model = '{output.partition}' order by all"
         tables: dict[str, QueryResult] = {
             table: _told(sql(folder, f"select * from {table}_all {rows}")) for table in spec.gives
         }
         count = sql(folder, "select count(*) from frames_all").rows[0][0]
         if spec.audio is not None or not count:
-            return Trial(model=spec.name, tables=tables, sheet=None)
+            return Trial(model=spec.name, tables=tables, sheet=None, note=why)
         boxes = sql(folder, "select * from detections_all") if spec.crop else None
         notes = _Notes(tables, boxes)
         seen = _BESIDE if spec.crop or spec.geometry is None else spec.geometry
@@ -105,6 +108,7 @@ def try_video(
         return Trial(
             model=spec.name,
             tables=tables,
+            note=why,
             sheet=_sheet(list(_cells(run_spec(job, "try"), found[0], seen, picked, notes))),
         )
 
@@ -139,6 +143,8 @@ def try_and_show(
 
     with Progress() as progress:
         found = try_video(model, video, beside=beside, fps=fps, n=n, progress=progress)
+    if found.note:
+        print(f"{video}: {found.note}", file=sys.stderr)
     if as_json:
         rows = {name: table.dicts() for name, table in found.tables.items()}
         print(json.dumps(rows, indent=2, default=str, ensure_ascii=False))
