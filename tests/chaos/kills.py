@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from random import Random
 
@@ -34,6 +35,8 @@ def drivers(stage: Stage, n: int, tally: Tally) -> None:
                     current: list[Driver] = []
 
                     def kill(current: list[Driver] = current) -> None:
+                        while not current:  # the n-th PUT was one that a dead driver left behind
+                            time.sleep(0.01)
                         current[0].kill()
 
                     proxy.faults = []
