@@ -221,7 +221,7 @@ def outside_reference(location: str, *, alias: bool = False) -> bytes:
     data = make_clip(container="mov", faststart=False)
     if alias:  # one level up from here, one down to the target
         path = location.replace("/", ":").encode()
-        path += b":" * (len(path) % 2)
+        path = b":" * (len(path) % 2) + path  # of even length, whatever folder it lies in
         levels = struct.pack(">HH16xHH", 1, 1, 2, len(path))
         record = bytes(10 + 28 + 12 + 64 + 16) + levels + path + b"\xff\xff\0\0"
     else:
