@@ -15,7 +15,8 @@ from tests.clips import make_clip, read_number
 from tests.small_jobs import rows, run_models, write_model
 from vidbatch.cli import app
 from vidbatch.errors import UsageError
-from vidbatch.trial import CELL_PX, LINE_PX, LINES, try_video
+from vidbatch.query import QueryResult
+from vidbatch.trial import CELL_PX, LINE_PX, LINES, _Notes, try_video
 
 FRAMES = 200
 
@@ -107,6 +108,19 @@ def test_a_model_on_boxes_is_shown_on_the_frames_they_are_of(video: Path, tmp_pa
     found = try_video(tone, str(video), beside=[half], n=4)
     assert list(found.tables) == ["labels"] and len(found.tables["labels"].rows) == 4
     assert found.sheet is not None and (found.sheet == (255, 200, 0)).all(axis=2).any()
+
+
+@pytest.mark.parametrize("model", ["shots", "motion"])
+def test_what_looks_at_changes_is_shown_at_one_frame_a_second(video: Path, model: str) -> None:
+    found = try_video(model, str(video))
+    assert found.sheet is not None and all(table.rows for table in found.tables.values())
+    assert found.sheet.shape[0] < 2 * CELL_PX + 200, "eight frames are two rows"
+
+
+def test_an_open_end_holds_every_frame_after_it() -> None:
+    shot = QueryResult(columns=("start_frame", "start_s"), rows=[(30, 1.0)])
+    notes = _Notes({"shots": shot}, None)
+    assert (notes.over(29), notes.over(5000)) == ([], ["shot from 1.00 s"])
 
 
 def test_sound_has_rows_and_no_picture(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import tempfile
 import textwrap
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from fractions import Fraction
@@ -114,7 +115,7 @@ def try_video(
 
 
 def _told(table: QueryResult) -> QueryResult:
-    """Without the columns that hold nothing, or the same for all."""
+    """Without the columns that hold nothing, or the same for the whole video."""
     kept = [
         i
         for i, name in enumerate(table.columns)
@@ -175,9 +176,9 @@ def _cells(
 ) -> Iterator[Pixels]:
     """The picked samples of a video (by their position among all), drawn."""
     store = open_store(spec.archive_uris[0], spec.archive_store)
-    source = open_source(store, video.uri, size_bytes=video.size_bytes, version=video.version)
+    opened = open_source(store, video.uri, size_bytes=video.size_bytes, version=video.version)
     at = 0
-    with make_decoder(spec) as decoder:
+    with closing(opened) as source, make_decoder(spec) as decoder:
         for event in decoder.decode(
             source, Clip(video=video), sample=spec.sample, geometries=(geometry,), context=False,
             limits=spec.limits,
@@ -187,7 +188,6 @@ def _cells(
                     if at + i in picked:
                         yield _cell(event, i, geometry, notes)
                 at += len(event)
-    source.close()
 
 
 def _cell(frames: Frames, i: int, geometry: Geometry, notes: _Notes) -> Pixels:
@@ -243,7 +243,7 @@ class _Notes:
 
     def _add(self, name: str, row: dict[str, Any]) -> None:
         if "frame_index" not in row:  # windows, shots
-            end = row["end_frame"] if row["end_frame"] is not None else math.inf
+            end = math.inf if row.get("end_frame") is None else row["end_frame"]
             what = f"{row['label']} {row['score']:.2f}" if "label" in row else "shot"
             self._stretches.append((row["start_frame"], end, f"{what} from {row['start_s']:.2f} s"))
             return
